@@ -1,0 +1,59 @@
+"""MiniMax-M3 for JAX: the text model, its cache, jitted generation and checkpoint loading.
+
+    from m3_jax import Greedy, M3Config, Sampler, generate, load
+
+The names load on first use, so that importing the package (a command's `--help`, say) costs nothing.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from m3_jax.cache import Cache as Cache
+    from m3_jax.cache import LayerCache as LayerCache
+    from m3_jax.config import M3Config as M3Config
+    from m3_jax.generate import GenerateOutput as GenerateOutput
+    from m3_jax.generate import generate as generate
+    from m3_jax.load import load as load
+    from m3_jax.model import M3ForCausalLM as M3ForCausalLM
+    from m3_jax.sampling import Greedy as Greedy
+    from m3_jax.sampling import Sampler as Sampler
+    from m3_jax.sharding import make_mesh as make_mesh
+
+_HOME = {
+    "Cache": "cache",
+    "GenerateOutput": "generate",
+    "Greedy": "sampling",
+    "LayerCache": "cache",
+    "M3Config": "config",
+    "M3ForCausalLM": "model",
+    "Sampler": "sampling",
+    "generate": "generate",
+    "load": "load",
+    "make_mesh": "sharding",
+}
+__all__ = [
+    "Cache",
+    "GenerateOutput",
+    "Greedy",
+    "LayerCache",
+    "M3Config",
+    "M3ForCausalLM",
+    "Sampler",
+    "generate",
+    "load",
+    "make_mesh",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    # `generate` and `load` are modules too: the import above bound the module, this binds the function.
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

@@ -1,0 +1,70 @@
+"""Grouped-query attention with per-head norms and partial rotation: dense, or block-sparse where an indexer chooses."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from m3_jax.cache import LayerCache, Step, write_kv
+from m3_jax.config import M3Config
+from m3_jax.dense_attention import dense_attention
+from m3_jax.indexer import Indexer
+from m3_jax.layers import Projection, RMSNorm, rotate
+from pallas_kernels import sparse_attention_decode, sparse_attention_prefill
+
+
+class Attention(nnx.Module):
+    """One layer's attention; `indexer` is None on a dense layer."""
+
+    def __init__(self, config: M3Config, *, sparse: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
+        size, head_dim = config.hidden_size, config.head_dim
+
+        def heads(count: int, axis: str) -> Projection:
+            return Projection(
+                "btd,nhd->btnh", (count, head_dim, size), (axis, "head_dim", "embed"), dtype=dtype, rngs=rngs
+            )
+
+        self.q_proj = heads(config.num_attention_heads, "heads")
+        self.k_proj = heads(config.num_key_value_heads, "kv_heads")
+        self.v_proj = heads(config.num_key_value_heads, "kv_heads")
+        self.o_proj = Projection(
+            "btnh,dnh->btd",
+            (size, config.num_attention_heads, head_dim),
+            ("embed", "heads", "head_dim"),
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.q_norm = RMSNorm(head_dim, "head_dim", config.rms_norm_eps, dtype=dtype, rngs=rngs)
+        self.k_norm = RMSNorm(head_dim, "head_dim", config.rms_norm_eps, dtype=dtype, rngs=rngs)
+        self.indexer = Indexer(config, dtype=dtype, rngs=rngs) if sparse else None
+
+    def __call__(
+        self, x: Float[Array, "B T D"], rotary: tuple[Array, Array], layer: LayerCache, step: Step
+    ) -> tuple[Float[Array, "B T D"], LayerCache, Int[Array, "B T K C"] | None]:
+        """The layer's output, its cache with the pass's tokens in it, and the blocks that each row chose."""
+        q = rotate(self.q_norm(self.q_proj(x)), rotary)
+        k = rotate(self.k_norm(self.k_proj(x)), rotary)
+        v = self.v_proj(x)
+        layer = write_kv(layer, step, k, v)
+        if self.indexer is None:
+            return self.o_proj(dense_attention(q, k, v, layer, step)), layer, None
+        block_ids, layer = self.indexer(x, rotary, layer, step)
+        # Queries meet keys as the cache holds them, in the cache's dtype.
+        rows = q.reshape(-1, *q.shape[2:]).astype(layer.k.dtype)
+        if step.decode:
+            out = sparse_attention_decode(rows, layer.k, layer.v, block_ids, step.block_table, step.seq_lens)
+        else:
+            out = sparse_attention_prefill(
+                rows,
+                layer.k,
+                layer.v,
+                block_ids,
+                step.block_table,
+                step.cu_seqlens,
+                step.seq_lens,
+                step.context_lens,
+            )
+        return (
+            self.o_proj(out.reshape(q.shape).astype(x.dtype)),
+            layer,
+            block_ids.reshape(*q.shape[:2], *block_ids.shape[1:]),
+        )

@@ -1,0 +1,82 @@
+"""Static checks of arguments, shared by the operations: shapes, dtypes and plain numbers."""
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+
+CACHE_DTYPES = ("bfloat16", "float16", "float32")
+
+
+class Shapes:
+    """Binds dimension letters to sizes, argument after argument, and refuses a letter with two sizes."""
+
+    def __init__(self) -> None:
+        self._sizes: dict[str, tuple[int, str]] = {}
+
+    def __getitem__(self, letter: str) -> int:
+        return self._sizes[letter][0]
+
+    def bind(self, name: str, array: Any, letters: str) -> None:
+        """Bind the shape of argument `name` to `letters`, such as "T K I"; "B+1" is B (bound before) plus 1.
+
+        Raises TypeError when it is no array, ValueError when the shape does not fit what was bound before.
+        """
+        if not hasattr(array, "shape") or not hasattr(array, "dtype"):
+            raise TypeError(f"{name} must be an array of shape [{letters}], not {type(array).__name__}")
+        wanted = letters.split()
+        shape = tuple(array.shape)
+        if len(shape) != len(wanted):
+            raise ValueError(f"{name} has shape {shape}, which must have {len(wanted)} axes: [{letters}]")
+        for letter, size in zip(wanted, shape, strict=True):
+            if letter.endswith("+1"):
+                known, owner = self._sizes[letter[:-2]]
+                known += 1
+            else:
+                if size < 1:
+                    raise ValueError(f"{name} has shape {shape}, but {letter} in [{letters}] must be at least 1")
+                known, owner = self._sizes.setdefault(letter, (size, name))
+            if size != known:
+                raise ValueError(
+                    f"{name} has shape {shape}, but {letter} in [{letters}] must be {known}, as in {owner}"
+                )
+
+
+def check_int32(**arrays: Any) -> None:
+    """Raise TypeError unless every array is int32."""
+    for name, array in arrays.items():
+        if array.dtype != jnp.int32:
+            raise TypeError(f"{name} has dtype {array.dtype}, which must be int32")
+
+
+def check_cache_dtypes(query_name: str, query: Any, **caches: Any) -> None:
+    """Raise TypeError unless every cache has one of `CACHE_DTYPES` and the query has the same one."""
+    for name, cache in caches.items():
+        if str(cache.dtype) not in CACHE_DTYPES:
+            raise TypeError(f"{name} has dtype {cache.dtype}, which must be one of {', '.join(CACHE_DTYPES)}")
+        if query.dtype != cache.dtype:
+            raise TypeError(f"{query_name} has dtype {query.dtype}, which must be {cache.dtype}, that of {name}")
+
+
+def check_uniform_queries(shapes: Shapes, query_name: str) -> None:
+    """Raise ValueError unless the T rows of a decode call are the same number for each of B sequences."""
+    if shapes["T"] % shapes["B"]:
+        raise ValueError(
+            f"{query_name} has T={shapes['T']} rows, which must be a multiple of B={shapes['B']} sequences"
+        )
+
+
+def check_count(name: str, value: Any, least: int) -> None:
+    """Raise TypeError unless `value` is a Python int, ValueError unless it is at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}={value!r} must be a Python int, not {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name}={value} must be at least {least}")
+
+
+def check_scale(scale: Any) -> None:
+    """Raise TypeError unless `scale` is a Python number, ValueError unless it is positive and finite."""
+    if isinstance(scale, bool) or not isinstance(scale, int | float):
+        raise TypeError(f"scale={scale!r} must be a Python float or None, not {type(scale).__name__}")
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"scale={scale} must be positive and finite")

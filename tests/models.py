@@ -1,0 +1,38 @@
+"""Random models: weights by NumPy, on a scale at which routing and block choice vary from token to token."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from m3_jax import M3Config, M3ForCausalLM
+
+
+def random_model(config: M3Config, *, dtype: str = "float32", seed: int = 0) -> M3ForCausalLM:
+    """A model with weights drawn from a stream that NumPy keeps stable."""
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: M3ForCausalLM(config, dtype=dtype, rngs=nnx.Rngs(0))))
+    draw = np.random.RandomState(seed)
+    flat = nnx.to_flat_state(state)
+    values = []
+    for path, variable in flat:
+        shape = variable.get_value().shape
+        if len(shape) == 1:
+            value = 0.2 * draw.standard_normal(shape)
+        elif path[0] == "embed_tokens":
+            value = draw.standard_normal(shape)
+        else:
+            inputs = np.prod(shape[1:]) if path[-2] == "o_proj" else shape[-1]
+            value = draw.standard_normal(shape) * 1.5 / np.sqrt(inputs)
+        values.append((path, variable.replace(jnp.asarray(value, variable.get_value().dtype))))
+    return nnx.merge(graphdef, nnx.from_flat_state(values))
+
+
+def weights_by_path(model: M3ForCausalLM) -> dict[str, np.ndarray]:
+    """The weights as the oracle reads them, such as "layers.0.self_attn.q_proj.weight"."""
+    flat = nnx.to_flat_state(nnx.state(model))
+    return {".".join(map(str, path)): np.asarray(jax.device_get(v.get_value())) for path, v in flat}
+
+
+def random_tokens(config: M3Config, *shape: int, seed: int = 0) -> np.ndarray:
+    """Token ids."""
+    return np.random.RandomState(seed).randint(0, config.vocab_size, shape).astype(np.int32)
