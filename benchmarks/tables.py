@@ -1,0 +1,69 @@
+"""Writes the README's tables from the committed results.
+
+python benchmarks/tables.py [--check]
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def convert_table(record: dict[str, Any]) -> str:
+    """Rates of `convert.json`."""
+    names = {
+        "copy": "plain copy",
+        "convert": "`m3-convert convert`",
+        "load": "`load`, Orbax folder",
+        "load_hugging_face": "`load`, Hugging Face folder",
+    }
+    rows = [
+        f"| {title} | {record['median_gb_per_s'][name]:.2f} | {record['fraction_of_copy'][name]:.0%} |"
+        for name, title in names.items()
+    ]
+    machine, memory = record["machine"], record["memory"]
+    return "\n".join(
+        [
+            f"| {record['bytes'] / 1e9:.1f} GB | GB/s | of the copy |",
+            "|---|---|---|",
+            *rows,
+            "",
+            f"Medians of {len(record['seconds']['copy'])} rounds on {machine['cores']} cores of {machine['processor']}, "
+            f"{record['date']}, `{record['command']}`. Converting took at most {memory['peak_resident_bytes'] / 1e9:.2f} GB "
+            f"of memory, the largest layer being {memory['largest_layer_bytes'] / 1e9:.2f} GB.",
+        ]
+    )
+
+
+TABLES = {"convert": convert_table}
+
+
+def with_tables(readme: str) -> str:
+    """The README with what stands between the markers of every table made anew."""
+    for name, table in TABLES.items():
+        record = json.loads((RESULTS / f"{name}.json").read_text())
+        pattern = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        assert len(pattern.findall(readme)) == 1, name
+        readme = pattern.sub(lambda match: f"{match[1]}{table(record)}\n{match[2]}", readme)  # noqa: B023
+    return readme
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="exit with 1 where the README is out of date")
+    check = parser.parse_args().check
+    path = ROOT / "README.md"
+    old = path.read_text()
+    new = with_tables(old)
+    if check:
+        sys.exit(int(new != old))
+    path.write_text(new)
+
+
+if __name__ == "__main__":
+    main()
