@@ -33,9 +33,10 @@ def convert_table(record: dict[str, Any]) -> str:
             "|---|---|---|",
             *rows,
             "",
-            f"Medians of {len(record['seconds']['copy'])} rounds on {machine['cores']} cores of {machine['processor']}, "
-            f"{record['date']}, `{record['command']}`. Converting took at most {memory['peak_resident_bytes'] / 1e9:.2f} GB "
-            f"of memory, the largest layer being {memory['largest_layer_bytes'] / 1e9:.2f} GB.",
+            f"Medians of {len(record['seconds']['copy'])} rounds on {machine['cores']} cores of "
+            f"{machine['processor']}, {record['date']}, `{record['command']}`. Converting took at most "
+            f"{memory['peak_resident_bytes'] / 1e9:.2f} GB of memory, the largest layer being "
+            f"{memory['largest_layer_bytes'] / 1e9:.2f} GB.",
         ]
     )
 

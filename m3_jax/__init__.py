@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from m3_jax.cache import Cache as Cache
     from m3_jax.cache import LayerCache as LayerCache
     from m3_jax.config import M3Config as M3Config
-    from m3_jax.generate import GenerateOutput as GenerateOutput
-    from m3_jax.generate import generate as generate
+    from m3_jax.generation import GenerateOutput as GenerateOutput
+    from m3_jax.generation import generate as generate
     from m3_jax.load import load as load
     from m3_jax.model import M3ForCausalLM as M3ForCausalLM
     from m3_jax.sampling import Greedy as Greedy
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Cache": "cache",
-    "GenerateOutput": "generate",
+    "GenerateOutput": "generation",
     "Greedy": "sampling",
     "LayerCache": "cache",
     "M3Config": "config",
     "M3ForCausalLM": "model",
     "Sampler": "sampling",
-    "generate": "generate",
+    "generate": "generation",
     "load": "load",
     "make_mesh": "sharding",
 }
@@ -50,7 +50,6 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    # `generate` and `load` are modules too: the import above bound the module, this binds the function.
     globals()[name] = value
     return value
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from m3_jax import Greedy, M3Config, M3ForCausalLM, Sampler, generate
-from m3_jax.generate import _chunks, _length_bucket
+from m3_jax.generation import _chunks, _length_bucket
 
 TINY = M3Config.tiny()
 PROMPTS = [models.random_tokens(TINY, n, seed=n).tolist() for n in (83, 20, 1, 100)]

@@ -1,6 +1,7 @@
 """The whole text model against the NumPy oracle, and its passes against each other."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from m3_jax import Cache, M3Config, M3ForCausalLM
+from m3_jax.checkpoint.names import parts
 from m3_jax.model import ForwardOutput
 
 TINY = M3Config.tiny()
@@ -56,6 +58,15 @@ def test_bfloat16_follows_float32() -> None:
     # Choices that flip change single positions, so the median over positions is what rounding alone does.
     error = np.linalg.norm(logits - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
     assert np.median(error) < 0.05
+
+
+def test_parameter_count_of_the_released_model() -> None:
+    """By shape alone: the text model's own weights, and the vision part's as the checkpoint names them."""
+    config = M3Config.m3()
+    abstract = nnx.eval_shape(lambda: M3ForCausalLM(config, rngs=nnx.Rngs(0)))
+    text = sum(math.prod(x.shape) for x in jax.tree.leaves(nnx.state(abstract)))
+    vision = sum(math.prod(w.shape) for part in parts(config) if part.name == "vision" for w in part.weights)
+    assert text + vision == 427_040_140_160
 
 
 def test_router_is_float32_in_a_bfloat16_model() -> None:
