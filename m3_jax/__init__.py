@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from m3_jax.config import M3Config as M3Config
     from m3_jax.generation import GenerateOutput as GenerateOutput
     from m3_jax.generation import generate as generate
-    from m3_jax.load import load as load
+    from m3_jax.loading import load as load
     from m3_jax.model import M3ForCausalLM as M3ForCausalLM
     from m3_jax.sampling import Greedy as Greedy
     from m3_jax.sampling import Sampler as Sampler
@@ -29,7 +29,7 @@ _HOME = {
     "M3ForCausalLM": "model",
     "Sampler": "sampling",
     "generate": "generation",
-    "load": "load",
+    "load": "loading",
     "make_mesh": "sharding",
 }
 __all__ = [

@@ -277,11 +277,12 @@ class M3Config:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    # Bounded, which refuses infinities and integers that no float holds.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
 
 
 def _positive(key: str, value: object) -> None:
@@ -377,6 +378,9 @@ def _rotary_dim(text: _Section, head_dim: Any) -> Any:
     factor = text.section("rope_parameters").get("partial_rotary_factor", default=None)
     if factor is None:
         factor = text.get("partial_rotary_factor", default=None)
+    if factor is not None:
+        valid = _is_number(factor) and 0 < factor <= 1
+        _require(valid, f"{text.prefix}partial_rotary_factor", factor, "must be a number above 0 and at most 1")
     if explicit is None:
         if factor is None:
             _refuse(f"{text.prefix}rotary_dim", None, "is required (or partial_rotary_factor)")
@@ -476,15 +480,18 @@ def _read_hf(config: Mapping[str, Any]) -> M3Config:
     text.only("norm_topk_prob", True)
     text.only("attention_bias", False)
 
-    layers = text.get("num_hidden_layers")
+    layers, head_dim = text.get("num_hidden_layers"), text.get("head_dim")
+    _positive(f"{text.prefix}num_hidden_layers", layers)
+    _positive(f"{text.prefix}head_dim", head_dim)
     sparse, sparse_layers = _read_sparse(text, layers)
     moe_layers, moe_key = text.freq("moe_layer_freq"), "moe_layer_freq"
     if moe_layers is None:
         moe_layers, moe_key = text.kinds("mlp_layer_types", "sparse", "dense"), "mlp_layer_types"
     if moe_layers is None:
         _refuse(f"{text.prefix}moe_layer_freq", None, "is required (or mlp_layer_types)")
-    head_dim = text.get("head_dim")
     eos = text.get("eos_token_id", default=top.get("eos_token_id", default=[]))
+    eos = eos if isinstance(eos, list | tuple) else [eos]
+    _require(all(_is_int(token) for token in eos), f"{text.prefix}eos_token_id", eos, "must be token ids")
     return M3Config(
         vocab_size=text.get("vocab_size"),
         hidden_size=text.get("hidden_size"),
@@ -512,7 +519,7 @@ def _read_hf(config: Mapping[str, Any]) -> M3Config:
             text.get("tie_word_embeddings", default=False) or top.get("tie_word_embeddings", default=False)
         ),
         bos_token_id=text.get("bos_token_id", default=top.get("bos_token_id", default=None)),
-        eos_token_ids=tuple(eos) if isinstance(eos, list | tuple) else (eos,),
+        eos_token_ids=tuple(eos),
         vision=_read_vision(top),
         image_token_id=top.get("image_token_index", "image_token_id", default=None),
         video_token_id=top.get("video_token_index", "video_token_id", default=None),

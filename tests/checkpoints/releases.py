@@ -179,14 +179,14 @@ def as_release(tensors: dict[str, np.ndarray]) -> dict[str, tuple[str, tuple[int
 
 
 def m3_convert(*arguments: object) -> Result:
-    """Runs the command in this process."""
-    return CliRunner().invoke(main, list(map(str, arguments)))
+    """Runs the command in this process, whose own choice of a JAX platform it does not change for good."""
+    return CliRunner().invoke(main, list(map(str, arguments)), env={"JAX_PLATFORMS": "cpu"})
 
 
-def start(*arguments: object, **options: Any) -> subprocess.Popen[str]:
+def start(*arguments: object) -> subprocess.Popen[str]:
     """Starts the command in a process of its own."""
     command = [sys.executable, "-m", "checkpoints_convert.cli", *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def converted(src: Path, dst: Path, *options: str) -> Path:

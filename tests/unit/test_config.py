@@ -222,6 +222,32 @@ def test_refusals_name_key_value_and_requirement(key: str, value: Any, message: 
     assert key.rsplit(".", 1)[-1].removeprefix("sparse_").rstrip("s")[:6] in text or "num_" in text
 
 
+GARBAGE = [None, "16", -3, 0, 1.5, float("nan"), float("inf"), 10**400, True, [], [1, "a"], {}, {"rope_type": 3}]
+
+
+@pytest.mark.parametrize("form", [FLAT, NESTED], ids=["flat", "nested"])
+def test_any_value_of_any_key_is_read_or_refused(form: dict[str, Any]) -> None:
+    """No other error than ours, whatever stands where."""
+
+    def paths(value: dict[str, Any], prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+        nested = [paths(v, (*prefix, k)) for k, v in value.items() if isinstance(v, dict)]
+        return [(*prefix, k) for k in value] + [path for group in nested for path in group]
+
+    refused = 0
+    for path in paths(form):
+        for value in GARBAGE:
+            damaged = copy.deepcopy(form)
+            target = damaged
+            for key in path[:-1]:
+                target = target[key]
+            target[path[-1]] = value
+            try:
+                M3Config.from_hf(damaged)
+            except ConfigError:
+                refused += 1
+    assert refused > 300
+
+
 def test_flat_lists_are_checked() -> None:
     form = copy.deepcopy(FLAT)
     form["text_config"]["layer_types"][0] = "sliding_attention"
