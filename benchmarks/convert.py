@@ -10,6 +10,7 @@ second one has what the first one gave back.
 """
 
 import argparse
+import dataclasses
 import datetime
 import importlib.metadata
 import json
@@ -35,7 +36,7 @@ from checkpoints_convert.convert import convert
 from checkpoints_convert.export import Entry, Shard
 from m3_jax.checkpoint.dtypes import BFLOAT16, FLOAT32
 from m3_jax.checkpoint.names import Weight, parts
-from m3_jax.config import M3Config, SparseAttentionConfig
+from m3_jax.config import M3Config
 from m3_jax.loading import load
 
 REQUIRED = 0.6
@@ -47,31 +48,19 @@ def synthetic_config(size_gb: float) -> M3Config:
     """As many MoE layers as the size asks for, each of 0.93 GB with experts of 50 MB."""
     layers = max(1, round((size_gb - 0.5) / 0.93)) + 1
     freq = (False,) + (True,) * (layers - 1)
-    return M3Config(
+    return dataclasses.replace(
+        M3Config.m3(),
         vocab_size=16_384,
         hidden_size=4096,
         num_hidden_layers=layers,
         num_attention_heads=32,
-        num_key_value_heads=4,
-        head_dim=128,
-        rotary_dim=64,
-        rope_theta=5e6,
-        rms_norm_eps=1e-6,
-        max_position_embeddings=65_536,
         dense_intermediate_size=8192,
         moe_intermediate_size=2048,
         shared_intermediate_size=2048,
         num_experts=16,
-        num_experts_per_tok=4,
-        routed_scaling_factor=2.0,
-        swiglu_alpha=1.702,
-        swiglu_limit=7.0,
-        swiglu_beta=1.0,
-        sparse_attention=SparseAttentionConfig(
-            num_index_heads=4, index_dim=128, block_size=128, topk_blocks=16, init_blocks=0, local_blocks=1
-        ),
         sparse_attention_layers=freq,
         moe_layers=freq,
+        vision=None,
     )
 
 
