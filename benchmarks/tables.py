@@ -41,7 +41,30 @@ def convert_table(record: dict[str, Any]) -> str:
     )
 
 
-TABLES = {"convert": convert_table}
+def kernels_table(record: dict[str, Any]) -> str:
+    """Times of `kernels.json`: both operations of a decode step, and each of a prefill."""
+    titles = {"both": "blocks and attention", "index": "blocks", "attention": "attention"}
+    rows = [
+        f"| {result['name']} | {titles[result['op']]} | {result['floor']:,.1f} | {result['vllm']:,.1f} | "
+        f"{result['kernels']:,.1f} | {result['call']:,.1f} |"
+        for result in record["results"]
+        if (result["op"] == "both") == result["name"].startswith("decode")
+    ]
+    environment = record["environment"]
+    return "\n".join(
+        [
+            "| case | operation | floor | vLLM 0.33 | ours, kernels | ours, call |",
+            "|---|---|---|---|---|---|",
+            *rows,
+            "",
+            f"Microseconds on one {environment['device']}, bf16, {environment['date']}, jax "
+            f'{environment["versions"]["jax"]}, `{environment["command"]}`. "Kernels" is the sum of the kernels\' '
+            'durations, "call" the time of the jitted call with the gaps between them, as vLLM\'s CUDA graph has them.',
+        ]
+    )
+
+
+TABLES = {"convert": convert_table, "kernels": kernels_table}
 
 
 def with_tables(readme: str) -> str:

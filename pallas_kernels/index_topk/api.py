@@ -18,6 +18,7 @@ from pallas_kernels.dispatch import Operation
 
 # In order of preference.
 _MODULES = {
+    "mosaic_gpu": "pallas_kernels.index_topk.mosaic_gpu",
     "reference": "pallas_kernels.index_topk.reference",
 }
 OPERATIONS = {

@@ -17,6 +17,7 @@ from pallas_kernels.dispatch import Operation
 
 # In order of preference.
 _MODULES = {
+    "mosaic_gpu": "pallas_kernels.sparse_attention.mosaic_gpu",
     "reference": "pallas_kernels.sparse_attention.reference",
 }
 OPERATIONS = {name: Operation(name, _MODULES) for name in ("sparse_attention_prefill", "sparse_attention_decode")}

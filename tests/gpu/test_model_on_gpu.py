@@ -12,6 +12,8 @@ from flax import nnx
 from m3_jax import Cache, M3Config, M3ForCausalLM, Sampler, generate
 from m3_jax.cache import LayerCache, Step, write_kv
 from m3_jax.dense_attention import _xla, cudnn_unsupported, dense_attention
+from pallas_kernels import hopper
+from pallas_kernels.index_topk.api import OPERATIONS
 
 pytestmark = pytest.mark.gpu
 TINY = M3Config.tiny()
@@ -105,3 +107,47 @@ def test_generate(dtype: str) -> None:
     assert whole == again
     assert [len(tokens) for tokens in whole.tokens] == [20, 20, 20]
     assert np.isfinite(whole.logprobs).all()
+
+
+def test_kernels_generate_the_references_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Greedy in bf16: equal up to the first step at which the reference's two best logits are within 5e-2."""
+    model = models.random_model(WIDE, dtype="bfloat16")
+    prompts = [models.random_tokens(WIDE, n, seed=n).tolist() for n in (1700, 900, 5, 640)]
+    rows = (jnp.zeros((1, 2, 128), jnp.bfloat16), jnp.zeros((1, 128, 128), jnp.bfloat16))
+    tables = (jnp.zeros((1, 1), jnp.int32), jnp.zeros(1, jnp.int32))
+    why_not = OPERATIONS["index_topk_decode"].why_not
+    if reason := why_not("mosaic_gpu", *rows, *tables, top_k=4, init_blocks=0, local_blocks=1):
+        pytest.skip(f"no kernels to compare with: {reason}")
+    ours = generate(model, prompts, max_new_tokens=24, prefill_chunk=512)
+    monkeypatch.setattr(hopper, "why_not_here", lambda: "a test asks for the reference")
+    assert why_not("mosaic_gpu", *rows, *tables, top_k=4, init_blocks=0, local_blocks=1)
+    # What was compiled with the kernels in it would be used again.
+    jax.clear_caches()
+    reference = generate(model, prompts, max_new_tokens=24, prefill_chunk=512)
+    compared = 0
+    for prompt, expected, tokens in zip(prompts, reference.tokens, ours.tokens, strict=True):
+        sequence = np.zeros((1, 2048), np.int32)
+        sequence[0, : len(prompt) + 24] = [*prompt, *expected]
+        best = np.sort(np.asarray(model(sequence))[0, len(prompt) - 1 : len(prompt) + 23], axis=-1)[:, -2:]
+        clear = best[:, 1] - best[:, 0] > 5e-2
+        count = int(np.argmin(clear)) if not clear.all() else 24
+        assert tokens[:count] == expected[:count]
+        compared += count
+    assert compared > 24
+    jax.clear_caches()
+
+
+def test_gradients_flow_through_the_kernels() -> None:
+    """The kernels' derivative is the reference's: finite everywhere, zero only in what merely chooses."""
+    model = models.random_model(WIDE, dtype="bfloat16")
+    graphdef, state = nnx.split(model)
+    tokens = jnp.asarray(models.random_tokens(WIDE, 2, 700))
+
+    def loss(state: nnx.State) -> jax.Array:
+        return -jnp.mean(jax.nn.log_softmax(nnx.merge(graphdef, state)(tokens), axis=-1)[..., 3])
+
+    for path, gradient in nnx.to_flat_state(jax.jit(jax.grad(loss))(state)):
+        value = np.asarray(gradient.get_value(), np.float32)
+        assert np.isfinite(value).all(), path
+        chooses = "indexer" in path or path[-1] == "e_score_correction_bias"
+        assert (np.abs(value).max() == 0) == chooses, path

@@ -12,6 +12,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import oracle
+import pytest
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 # Rounding of an output of each dtype, and the arithmetic of float32, relative to the largest value.
@@ -130,6 +131,58 @@ CASES = (
         num_queries=2,
     ),
 )
+
+
+def at_kernel_sizes(case: Case) -> Case:
+    """A case of pages of 8 tokens at the sizes that the Hopper kernels are written for: pages of 128 x 128.
+
+    Lengths keep their blocks, and their distance from a block's ends where that is 0 or 1.
+    """
+    sizes = case.sizes
+    assert sizes.page_size == 8
+
+    def tokens(length: int) -> int:
+        blocks, rest = divmod(length, 8)
+        return 128 * blocks + {0: 0, 1: 1, 7: 127}.get(rest, 16 * rest + 3)
+
+    lens = tuple((tokens(context), tokens(context + new) - tokens(context)) for context, new in case.lens)
+    news = [new for _, new in lens]
+    num_rows = {"packed": sum(news), "padded": len(news) * max(news), "loose": sum(news) + 40}[case.layout]
+    large = replace(
+        sizes,
+        num_rows=max(num_rows, len(news)),
+        page_size=128,
+        num_kv_heads={1: 1, 2: 2, 3: 4}[sizes.num_kv_heads],
+        group=16,
+        head_dim=128,
+        index_dim=128,
+        top_k=next(top_k for top_k in (4, 8, 16, 32) if top_k >= sizes.top_k),
+        dtype="bfloat16" if sizes.dtype == "float32" else sizes.dtype,
+    )
+    return replace(case, name=f"{case.name}-128", lens=lens, sizes=large)
+
+
+KERNEL_CASES = (
+    # float32 becomes bfloat16, so the cases that differ in that alone are there already.
+    *(
+        at_kernel_sizes(case)
+        for case in CASES
+        if case.sizes.page_size == 8 and case.sizes.table_width == 21 and case.sizes.dtype != "bfloat16"
+    ),
+    at_kernel_sizes(Case("top-32", _MIXED, Sizes(num_kv_heads=3, top_k=32, local_blocks=2), num_queries=8)),
+    at_kernel_sizes(Case("four-heads", _MIXED, Sizes(num_kv_heads=3, top_k=16), num_queries=5)),
+    # More blocks than any kernel holds in registers at once.
+    at_kernel_sizes(
+        Case(
+            "long",
+            ((8790, 3), (4090, 3)),
+            Sizes(num_sequences=2, table_width=1100, num_kv_heads=1, top_k=9),
+            num_queries=2,
+        )
+    ),
+)
+# For `parametrize`: the larger ones take minutes without a GPU.
+EVERY_CASE = (*CASES, *(pytest.param(case, marks=pytest.mark.gpu) for case in KERNEL_CASES))
 
 
 @dataclass(frozen=True)

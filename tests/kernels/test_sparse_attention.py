@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import CASES, TOLERANCES, Batch, Case, make_batch, random_choice
+from kernel_cases import CASES, EVERY_CASE, TOLERANCES, Batch, Case, make_batch, random_choice
 from test_index_topk import BOTH, drawn_cases
 
 from pallas_kernels.sparse_attention.api import OPERATIONS
@@ -29,7 +29,7 @@ def check(impl: str, batch: Batch, block_ids: np.ndarray) -> np.ndarray:
 
 @BOTH
 @every_impl
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", EVERY_CASE, ids=str)
 def test_chosen_blocks(case: Case, impl: str, decode: bool):
     batch = make_batch(case, decode=decode)
     got = check(impl, batch, batch.choice())
@@ -38,7 +38,7 @@ def test_chosen_blocks(case: Case, impl: str, decode: bool):
 
 @BOTH
 @every_impl
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", EVERY_CASE, ids=str)
 def test_any_blocks(case: Case, impl: str, decode: bool):
     """Blocks in any order and number: rows whose blocks hold no visible key among them."""
     batch = make_batch(case, decode=decode)

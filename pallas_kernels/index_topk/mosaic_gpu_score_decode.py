@@ -1,0 +1,130 @@
+"""Block scores of a decode call on Hopper: largest dot product of each query with the keys of each page.
+
+One CTA scores a few pages of one sequence. The product is turned round, keys x queries, so that the few
+queries (tokens x heads) pad the narrow side of the wgmma, of which the least is 8, instead of the 64 rows.
+"""
+
+# jax does not export every name of Mosaic GPU, and calls its transforms abstract.
+# pyright: reportPrivateImportUsage=false, reportAbstractUsage=false
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.hopper import DIM, PAGE_SIZE, round_up
+
+_TILE = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+
+
+@dataclass(frozen=True)
+class TuningConfig:
+    """pages: scored by a CTA. stages: of the ring of pages, 32 KiB each; several CTAs share an SM."""
+
+    pages: int = 4
+    stages: int = 2
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.stages <= 6:
+            raise ValueError(f"stages={self.stages} must be 1 to 6")
+        if self.pages not in (1, 2, 4, 8, 16, 32):
+            raise ValueError(f"pages={self.pages} must be a power of two up to 32")
+
+    @classmethod
+    def heuristic(cls, num_entries: int) -> "TuningConfig":
+        """For a table of so many entries: as many pages a CTA as leave work for every SM."""
+        return cls(pages=1, stages=1) if num_entries <= 512 else cls()
+
+
+@functools.partial(jax.jit, static_argnames=("num_blocks", "config", "interpret"))
+def score_decode(index_q, index_k, block_table, seq_lens, *, num_blocks: int, config: TuningConfig, interpret: Any):
+    """Scores f32[B, num_blocks, W] of columns (token, head), W = Q * K rounded up to 8.
+
+    num_blocks: M rounded up by the caller, a multiple of config.pages. A block that no query of the sequence
+    sees, and the columns beyond Q * K, are left unwritten or hold anything; a block that one query sees and
+    another does not has -inf for the latter.
+    """
+    num_rows, num_heads, _ = index_q.shape
+    num_sequences, table_width = block_table.shape
+    num_pages = index_k.shape[0]
+    num_queries = num_rows // num_sequences
+    columns = num_queries * num_heads
+    width = round_up(columns, 8)
+    queries = index_q.reshape(num_sequences, columns, DIM)
+    queries = jnp.pad(queries, ((0, 0), (0, width - columns), (0, 0)))
+    stages = min(config.stages, config.pages)
+
+    def score(q_gmem, k_gmem, table_gmem, lens_gmem, out_gmem, q_smem, k_smem, out_smem, q_barrier, k_barrier):
+        sequence, chunk = lax.axis_index("sequence"), lax.axis_index("chunk")
+        length = lens_gmem[sequence]
+        first_block = chunk * config.pages
+        visible = jnp.minimum(lax.div(length + (PAGE_SIZE - 1), jnp.int32(PAGE_SIZE)), table_width)
+        count = jnp.clip(visible - first_block, 0, config.pages)
+
+        def load(i, slot):
+            page = jnp.clip(table_gmem[sequence, first_block + i], 0, num_pages - 1)
+            plgpu.copy_gmem_to_smem(k_gmem.at[page], k_smem.at[slot], k_barrier.at[slot])
+
+        def step(i, _):
+            slot = lax.rem(i, jnp.int32(stages))
+            plgpu.barrier_wait(k_barrier.at[slot])
+
+            def multiply(acc):
+                plgpu.wgmma(acc, k_smem.at[slot], q_smem.T)
+                return acc[...]
+
+            dots = pl.run_scoped(multiply, plgpu.ACC((PAGE_SIZE, width), jnp.float32))
+
+            @pl.when(i + stages < count)
+            def _():
+                load(i + stages, slot)
+
+            first_key = (first_block + i) * PAGE_SIZE
+            # The first query sees the least; its position decides whether anything has to be masked.
+            first_position = length - num_queries
+
+            def mask(dots):
+                layout = plgpu.Layout.WGMMA
+                key = plgpu.broadcasted_iota(jnp.int32, (PAGE_SIZE, width), 0, layout=layout)
+                column = plgpu.broadcasted_iota(jnp.int32, (PAGE_SIZE, width), 1, layout=layout)
+                seen = key + first_key <= first_position + lax.div(column, jnp.int32(num_heads))
+                return jnp.where(seen, dots, -jnp.inf)
+
+            dots = lax.cond(first_key + (PAGE_SIZE - 1) > first_position, mask, lambda dots: dots, dots)
+            out_smem[i] = dots.max(axis=0)
+
+        @pl.when(count > 0)
+        def _():
+            plgpu.copy_gmem_to_smem(q_gmem.at[sequence], q_smem, q_barrier)
+            for i in range(stages):
+
+                @pl.when(i < count)
+                def _(i=i):
+                    load(jnp.int32(i), i)
+
+            plgpu.barrier_wait(q_barrier)
+            lax.fori_loop(0, count, step, None)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(out_smem, out_gmem.at[sequence, pl.ds(first_block, config.pages)])
+            plgpu.wait_smem_to_gmem(0)
+
+    dtype = index_k.dtype
+    return plgpu.kernel(
+        score,
+        out_type=jax.ShapeDtypeStruct((num_sequences, num_blocks, width), jnp.float32),
+        grid=(num_sequences, num_blocks // config.pages),
+        grid_names=("sequence", "chunk"),
+        scratch_types=[
+            plgpu.SMEM((width, DIM), dtype, transforms=_TILE),
+            plgpu.SMEM((stages, PAGE_SIZE, DIM), dtype, transforms=_TILE),
+            plgpu.SMEM((config.pages, width), jnp.float32),
+            plgpu.Barrier(),
+            plgpu.Barrier(num_barriers=stages),
+        ],
+        **({} if interpret is None else {"interpret": interpret}),
+    )(queries, index_k, block_table, seq_lens)

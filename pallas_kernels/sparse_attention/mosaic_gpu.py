@@ -1,0 +1,110 @@
+"""Block-sparse attention as Pallas:Mosaic GPU kernels for Hopper: what they serve, and how they are put together.
+
+Decode: every row walks over its own pages. Prefill: every page meets the rows that chose it, and what they leave
+is merged, for some rows of the call at a time.
+"""
+
+import jax.numpy as jnp
+
+from pallas_kernels import hopper
+from pallas_kernels.derivatives import with_derivative_of
+from pallas_kernels.dispatch import Implementation
+from pallas_kernels.rows import Rows
+from pallas_kernels.sparse_attention import reference
+
+# (token, KV head, slot) of which partial results are held at a time, 4 KiB each.
+_PAIRS = 2**19
+
+
+def _why_not(q, k, block_ids, block_table) -> str | None:
+    num_heads, kv_heads, top_k = q.shape[1], k.shape[1], block_ids.shape[2]
+    reason = hopper.why_not_sizes(
+        dtype=k.dtype,
+        page_size=k.shape[2],
+        num_sequences=block_table.shape[0],
+        kv_heads=kv_heads,
+        head_dim=k.shape[3],
+    )
+    if reason is None and num_heads != hopper.GROUP * kv_heads:
+        reason = f"{num_heads // kv_heads} query heads share a KV head, not {hopper.GROUP}"
+    if reason is None and top_k not in hopper.TOP_KS:
+        reason = f"there are {top_k} chosen blocks, not one of {', '.join(map(str, hopper.TOP_KS))}"
+    return reason or hopper.why_not_here()
+
+
+def _decode_supported(q, k, _v, block_ids, block_table, _seq_lens, *, scale) -> str | None:
+    reason = hopper.why_not_queries(q.shape[0], block_table.shape[0])
+    return reason or _why_not(q, k, block_ids, block_table)
+
+
+def _prefill_supported(q, k, _v, block_ids, block_table, *_lengths, scale) -> str | None:
+    return _why_not(q, k, block_ids, block_table)
+
+
+def _decode(q, k, v, block_ids, block_table, seq_lens, *, scale, interpret=None):
+    from pallas_kernels.sparse_attention import mosaic_gpu_decode as decoding
+
+    config = decoding.TuningConfig.heuristic(q.shape[0] * k.shape[1], block_ids.shape[2])
+    return decoding.attend_decode(
+        q, k, v, block_ids, block_table, seq_lens, scale=scale, config=config, interpret=interpret
+    )
+
+
+def _prefill(q, k, v, block_ids, block_table, cu_seqlens, seq_lens, context_lens, *, scale, ctas=None, interpret=None):
+    from pallas_kernels.sparse_attention import mosaic_gpu_merge as merging
+    from pallas_kernels.sparse_attention import mosaic_gpu_plan as planning
+    from pallas_kernels.sparse_attention import mosaic_gpu_prefill as attending
+
+    num_rows, num_heads, _ = q.shape
+    kv_heads, top_k = k.shape[1], block_ids.shape[2]
+    rows = _prefill_rows(num_rows, cu_seqlens, seq_lens, context_lens)
+    items, tails = planning.items_of(v, block_table, seq_lens)
+    config = attending.TuningConfig() if ctas is None else attending.TuningConfig(ctas)
+    at_a_time = _PAIRS // (kv_heads * top_k)
+    results = []
+    for first in range(0, num_rows, at_a_time):
+        end = min(first + at_a_time, num_rows)
+        window = slice(first, end)
+        plan = planning.plan(block_ids[window], rows.sequence[window], rows.position[window], block_table, items)
+        partials, stats = attending.attend_prefill(
+            q,
+            k,
+            v,
+            tails,
+            plan,
+            first_token=first,
+            num_tokens=end - first,
+            top_k=top_k,
+            scale=scale,
+            config=config,
+            interpret=interpret,
+        )
+        merged = merging.merge_prefill(
+            partials,
+            stats,
+            plan.valid,
+            units=(end - first) * kv_heads,
+            scale=scale,
+            config=merging.TuningConfig(),
+            interpret=interpret,
+        )
+        results.append(merged.reshape(end - first, num_heads, hopper.DIM))
+    return results[0] if len(results) == 1 else jnp.concatenate(results)
+
+
+def _prefill_rows(num_rows: int, cu_seqlens, seq_lens, context_lens) -> Rows:
+    """As `rows.prefill_rows`, by sums of comparisons: its searchsorted is a loop of kernels on a GPU."""
+    row = jnp.arange(num_rows, dtype=jnp.int32)
+    sequence = jnp.sum(cu_seqlens[1:] <= row[:, None], axis=1, dtype=jnp.int32)
+    sequence = jnp.minimum(sequence, seq_lens.shape[0] - 1)
+    offset = row - cu_seqlens[sequence]
+    live = (offset >= 0) & (offset < (seq_lens - context_lens)[sequence]) & (row < cu_seqlens[sequence + 1])
+    return Rows(sequence, jnp.where(live, context_lens[sequence] + offset, -1))
+
+
+sparse_attention_prefill = Implementation(
+    _prefill_supported, with_derivative_of(reference.sparse_attention_prefill.run, _prefill)
+)
+sparse_attention_decode = Implementation(
+    _decode_supported, with_derivative_of(reference.sparse_attention_decode.run, _decode)
+)

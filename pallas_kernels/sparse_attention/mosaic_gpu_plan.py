@@ -1,0 +1,151 @@
+"""Which queries meet at which page: the choice of a prefill call turned inside out, in plain JAX.
+
+A pair is a (token, KV head, slot) that chose a block. Pairs of one KV head that chose the same page are
+gathered in tiles of `TILE_PAIRS`, so that the page is read once for all of them. A run is the row of tiles of one
+page.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels.hopper import PAGE_SIZE
+
+TILE_PAIRS = 4
+# A pair and the last key of the block that it sees, 0 to 127, in one word.
+LIMIT_BITS = 7
+
+
+class Plan(NamedTuple):
+    """Tiles and runs of a call's pairs; pair (token * K + head) * C + slot.
+
+    words: i32[tiles * TILE_PAIRS], pair << LIMIT_BITS | last visible key of its block, -1 where a tile has no
+    pair. tile_run: i32[tiles]. run_head, run_page, run_tail: i32[runs]; run_tail is the sequence that ends within
+    the page, or -1. num_tiles: i32[1]. valid: i32[T * K * C], 1 where a pair takes part.
+    """
+
+    words: Int32[Array, " 4*tiles"]
+    tile_run: Int32[Array, " tiles"]
+    run_head: Int32[Array, " runs"]
+    run_page: Int32[Array, " runs"]
+    run_tail: Int32[Array, " runs"]
+    num_tiles: Int32[Array, " 1"]
+    valid: Int32[Array, " pairs"]
+
+
+class Items(NamedTuple):
+    """What pairs may meet at: the blocks of all sequences, or the pages, of which there may be fewer.
+
+    by_block: whether an item is sequence * M + block; else it is a page. page: i32[items]. tail: i32[items], the
+    sequence that ends within the item, or -1.
+    """
+
+    by_block: bool
+    page: Int32[Array, " items"]
+    tail: Int32[Array, " items"]
+
+
+def items_of(
+    v: Float[Array, "P K S H"], block_table: Int32[Array, "B M"], seq_lens: Int32[Array, " B"]
+) -> tuple[Items, Float[Array, "B K S H"]]:
+    """The items of a call, and each sequence's last page of values with 0 in every slot that no sequence sees.
+
+    The values are needed because a weight of 0 does not silence a NaN in an unused slot.
+    """
+    num_pages = v.shape[0]
+    num_sequences, table_width = block_table.shape
+    by_block = num_sequences * table_width <= num_pages
+    table = jnp.clip(block_table, 0, num_pages - 1)
+    first_keys = jnp.arange(table_width, dtype=jnp.int32) * PAGE_SIZE
+    fill = jnp.clip(seq_lens[:, None] - first_keys, 0, PAGE_SIZE)
+    last = jnp.clip((seq_lens - 1) // PAGE_SIZE, 0, table_width - 1)
+    sequence = jnp.arange(num_sequences, dtype=jnp.int32)
+    if by_block:
+        page, fill, last_item = table.reshape(-1), fill.reshape(-1), sequence * table_width + last
+    else:
+        # A page may be one sequence's last and another's full one.
+        page = jnp.arange(num_pages, dtype=jnp.int32)
+        fill = jnp.zeros((num_pages,), jnp.int32).at[jnp.where(fill > 0, table, num_pages)].max(fill, mode="drop")
+        last_item = table[sequence, last]
+    partial = fill[last_item] < PAGE_SIZE
+    tail = jnp.full(page.shape, -1, jnp.int32)
+    tail = tail.at[jnp.where(partial, last_item, page.shape[0])].max(sequence, mode="drop")
+    slot = jnp.arange(PAGE_SIZE, dtype=jnp.int32)
+    seen = (slot < fill[last_item][:, None])[:, None, :, None]
+    return Items(by_block, page, tail), jnp.where(seen, v[page[last_item]], 0)
+
+
+def plan(
+    block_ids: Int32[Array, "T K C"],
+    sequence: Int32[Array, " T"],
+    position: Int32[Array, " T"],
+    block_table: Int32[Array, "B M"],
+    items: Items,
+) -> Plan:
+    """Sort the pairs of some rows by (KV head, item) and cut each item's into tiles. T * K * C is below 2**24."""
+    kv_heads = block_ids.shape[1]
+    num_items = items.page.shape[0]
+    num_pairs, num_keys = block_ids.size, kv_heads * num_items
+    num_runs = min(num_pairs, num_keys)
+    max_tiles = (num_pairs + (TILE_PAIRS - 1) * num_runs) // TILE_PAIRS
+
+    own = jnp.where(position >= 0, position // PAGE_SIZE, -1)[:, None, None]
+    used = (block_ids >= 0) & (block_ids <= own)
+    block = jnp.where(used, block_ids, 0)
+    if items.by_block:
+        item = sequence[:, None, None] * block_table.shape[1] + block
+    else:
+        item = jnp.clip(block_table[sequence[:, None, None], block], 0, num_items - 1)
+    head = jnp.arange(kv_heads, dtype=jnp.int32)[:, None]
+    key = jnp.where(used, head * num_items + item, num_keys).reshape(-1)
+    limit = jnp.minimum(position[:, None, None] - block * PAGE_SIZE, PAGE_SIZE - 1).reshape(-1)
+
+    key, pair = _sort(key, num_keys)
+    # Scatters at the ends of each key's stretch: searchsorted is a loop of kernels.
+    number = jnp.arange(num_pairs, dtype=jnp.int32)
+    is_first = jnp.concatenate([jnp.ones((1,), bool), key[1:] != key[:-1]])
+    is_last = jnp.concatenate([key[1:] != key[:-1], jnp.ones((1,), bool)])
+    nothing = jnp.zeros((num_keys,), jnp.int32)
+    starts = nothing.at[jnp.where(is_first, key, num_keys)].set(number, mode="drop")
+    counts = nothing.at[jnp.where(is_last, key, num_keys)].set(number + 1, mode="drop") - starts
+    tiles_of = (counts + TILE_PAIRS - 1) // TILE_PAIRS
+    ends = jnp.cumsum(tiles_of, dtype=jnp.int32)
+    first_tiles = ends - tiles_of
+
+    takes_part = key < num_keys
+    of = jnp.minimum(key, num_keys - 1)
+    place = (first_tiles * TILE_PAIRS - starts)[of] + number
+    place = jnp.where(takes_part, place, max_tiles * TILE_PAIRS)
+    words = jnp.full((max_tiles * TILE_PAIRS,), -1, jnp.int32)
+    words = words.at[place].set((pair << LIMIT_BITS) | limit[pair], mode="drop", unique_indices=True)
+
+    keys = jnp.arange(num_keys, dtype=jnp.int32)
+    run_of_key = jnp.cumsum((counts > 0).astype(jnp.int32)) - 1
+    run = jnp.where(counts > 0, run_of_key, num_runs)
+    key_of_run = jnp.zeros((num_runs,), jnp.int32).at[run].set(keys, mode="drop")
+    begins = jnp.zeros((max_tiles,), jnp.int32).at[jnp.where(counts > 0, first_tiles, max_tiles)].set(1, mode="drop")
+    tile_run = jnp.cumsum(begins) - 1
+    item_of_run = key_of_run % num_items
+    return Plan(
+        words=words,
+        tile_run=tile_run,
+        run_head=key_of_run // num_items,
+        run_page=items.page[item_of_run],
+        run_tail=items.tail[item_of_run],
+        num_tiles=ends[-1:],
+        valid=used.astype(jnp.int32).reshape(-1),
+    )
+
+
+def _sort(key: Int32[Array, " n"], largest: int) -> tuple[Int32[Array, " n"], Int32[Array, " n"]]:
+    """Keys in ascending order and where they were."""
+    number = jnp.arange(key.shape[0], dtype=jnp.int32)
+    bits = max(1, (key.shape[0] - 1).bit_length())
+    if (largest + 1) << bits > 2**32:
+        key, number = lax.sort((key, number), num_keys=1, is_stable=True)
+        return key, number
+    # One word a pair is a radix sort on the GPU, several times as fast as a sort of two arrays.
+    packed = lax.sort((key.astype(jnp.uint32) << bits) | number.astype(jnp.uint32), is_stable=False)
+    return (packed >> bits).astype(jnp.int32), (packed & jnp.uint32((1 << bits) - 1)).astype(jnp.int32)

@@ -1,0 +1,314 @@
+"""Block-sparse attention of a prefill call on Hopper, pages outermost.
+
+Each CTA walks over an equal share of a plan's tiles. The page of a run is brought once, into a ring of two, by
+one warp; the queries of each tile by another. Three warpgroups take the tiles in turn: 4 pairs of 16 query
+heads are the 64 rows of a wgmma. Every pair leaves its normalised partial result and the maximum and sum of its
+softmax, to be merged afterwards.
+"""
+
+# jax does not export every name of Mosaic GPU, and calls its transforms abstract.
+# pyright: reportPrivateImportUsage=false, reportAbstractUsage=false
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.hopper import DIM, GROUP, PAGE_SIZE
+from pallas_kernels.sparse_attention.mosaic_gpu_plan import LIMIT_BITS, TILE_PAIRS, Plan
+
+_TILE = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+_WGMMA = plgpu.Layout.WGMMA
+_ROWS = TILE_PAIRS * GROUP
+_WARPGROUPS = 3
+# Pages in flight, and tiles of queries in flight for each warpgroup.
+_PAGES, _TILES = 2, 2
+
+
+@dataclass(frozen=True)
+class TuningConfig:
+    """ctas: one for each SM."""
+
+    ctas: int = 132
+
+    def __post_init__(self) -> None:
+        if self.ctas < 1:
+            raise ValueError(f"ctas={self.ctas} must be at least 1")
+
+
+@functools.partial(jax.jit, static_argnames=("first_token", "num_tokens", "top_k", "scale", "config", "interpret"))
+def attend_prefill(
+    q,
+    k,
+    v,
+    tails,
+    plan: Plan,
+    *,
+    first_token: int,
+    num_tokens: int,
+    top_k: int,
+    scale: float,
+    config: TuningConfig,
+    interpret: Any,
+):
+    """Partial results of the pairs of tokens first_token to first_token + num_tokens - 1.
+
+    q [T, K, G, H]; k, v [P, K, S, H]; tails [B, K, S, H], the last page of each sequence without its unused slots.
+    Returns partials [units * C, G, H] and stats f32[units / 4, C, 2, 4 * G] of the softmax of scale * log2(e) *
+    logits, where a unit is a (token, KV head) and their number is rounded up to 4. What belongs to no pair of
+    the plan is left unwritten.
+    """
+    kv_heads = k.shape[1]
+    units = num_tokens * kv_heads
+    groups = -(-units // TILE_PAIRS)
+    max_tiles, max_runs = plan.tile_run.shape[0], plan.run_page.shape[0]
+    factor = scale * math.log2(math.e)
+    dtype = q.dtype
+
+    def attend(
+        q_gmem,
+        k_gmem,
+        v_gmem,
+        tails_gmem,
+        words_gmem,
+        tile_run_gmem,
+        run_head_gmem,
+        run_page_gmem,
+        run_tail_gmem,
+        num_tiles_gmem,
+        out_gmem,
+        stats_gmem,
+        q_smem,
+        k_smem,
+        v_smem,
+        stats_smem,
+        q_barrier,
+        k_barrier,
+        v_barrier,
+        k_free,
+        v_free,
+        q_free,
+        *weights_smem,
+    ):
+        wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
+        num_tiles = num_tiles_gmem[0]
+        share = lax.div(num_tiles + (config.ctas - 1), jnp.int32(config.ctas))
+        first = jnp.minimum(cta * share, num_tiles)
+        end = jnp.minimum(first + share, num_tiles)
+        first_run = tile_run_gmem[jnp.minimum(first, max_tiles - 1)]
+        last_run = tile_run_gmem[jnp.maximum(end - 1, 0)]
+        num_runs = jnp.where(end > first, last_run - first_run + 1, 0)
+
+        def produce_queries():
+            def step(i, _):
+                consumer = lax.rem(i, jnp.int32(_WARPGROUPS))
+                turn = lax.div(i, jnp.int32(_WARPGROUPS))
+                slot = lax.rem(turn, jnp.int32(_TILES))
+                words = [words_gmem[(first + i) * TILE_PAIRS + r] for r in range(TILE_PAIRS)]
+
+                @pl.when(turn >= _TILES)
+                def _():
+                    plgpu.barrier_wait(q_free.at[consumer * _TILES + slot])
+
+                for r, word in enumerate(words):
+                    pair = lax.shift_right_logical(jnp.maximum(word, 0), jnp.int32(LIMIT_BITS))
+                    unit = lax.div(pair, jnp.int32(top_k)) + first_token * kv_heads
+                    where = q_smem.at[consumer, slot, pl.ds(r * GROUP, GROUP)]
+                    plgpu.copy_gmem_to_smem(q_gmem.at[unit], where, q_barrier.at[consumer * _TILES + slot])
+
+            lax.fori_loop(0, end - first, step, None)
+
+        def produce_pages():
+            def step(i, _):
+                run = jnp.minimum(first_run + i, max_runs - 1)
+                head, page, tail = run_head_gmem[run], run_page_gmem[run], run_tail_gmem[run]
+                slot = lax.rem(i, jnp.int32(_PAGES))
+
+                @pl.when(i >= _PAGES)
+                def _():
+                    plgpu.barrier_wait(k_free.at[slot])
+
+                plgpu.copy_gmem_to_smem(k_gmem.at[page, head], k_smem.at[slot], k_barrier.at[slot])
+
+                @pl.when(i >= _PAGES)
+                def _():
+                    plgpu.barrier_wait(v_free.at[slot])
+
+                @pl.when(tail < 0)
+                def _():
+                    plgpu.copy_gmem_to_smem(v_gmem.at[page, head], v_smem.at[slot], v_barrier.at[slot])
+
+                @pl.when(tail >= 0)
+                def _():
+                    plgpu.copy_gmem_to_smem(tails_gmem.at[tail, head], v_smem.at[slot], v_barrier.at[slot])
+
+            lax.fori_loop(0, num_runs, step, None)
+
+            # Every completion of a barrier has to be awaited; the last run is never given back.
+            def drain(i, _):
+                slot = lax.rem(i, jnp.int32(_PAGES))
+                plgpu.barrier_wait(k_free.at[slot])
+                plgpu.barrier_wait(v_free.at[slot])
+
+            lax.fori_loop(jnp.maximum(num_runs - _PAGES, 0), num_runs - 1, drain, None)
+
+        @pl.when(wg == _WARPGROUPS)
+        def _produce():
+            plgpu.set_max_registers(40, action="decrease")
+
+            @pl.core_map(plgpu.WarpMesh(axis_name="warp"))
+            def _():
+                warp = lax.axis_index("warp")
+                pl.when(warp == 0)(produce_pages)
+                pl.when(warp == 1)(produce_queries)
+
+        @pl.when(wg < _WARPGROUPS)
+        def _consume():
+            plgpu.set_max_registers(152, action="increase")
+            count = jnp.maximum(lax.div(end - first - wg + (_WARPGROUPS - 1), jnp.int32(_WARPGROUPS)), 0)
+
+            def describe(i):
+                tile = jnp.minimum(first + wg + i * _WARPGROUPS, max_tiles - 1)
+                words = tuple(words_gmem[tile * TILE_PAIRS + r] for r in range(TILE_PAIRS))
+                return (*words, tile_run_gmem[tile])
+
+            def wait_page(i):
+                slot = lax.rem(i, jnp.int32(_PAGES))
+                plgpu.barrier_wait(k_barrier.at[slot])
+                plgpu.barrier_wait(v_barrier.at[slot])
+
+            def advance(i, _):
+                slot = lax.rem(i, jnp.int32(_PAGES))
+                plgpu.barrier_arrive(k_free.at[slot])
+                plgpu.barrier_arrive(v_free.at[slot])
+                wait_page(i + 1)
+
+            @pl.when(num_runs > 0)
+            def _():
+                wait_page(jnp.int32(0))
+
+            def step(i, carry):
+                run, tile, next_tile = carry
+                words = tile[:TILE_PAIRS]
+                # Two tiles ahead: the words come from memory, one read after the other.
+                after_next = describe(i + 2)
+                slot = lax.rem(i, jnp.int32(_TILES))
+                this_run = tile[TILE_PAIRS] - first_run
+                lax.fori_loop(run, this_run, advance, None)
+                page = lax.rem(this_run, jnp.int32(_PAGES))
+                plgpu.barrier_wait(q_barrier.at[wg * _TILES + slot])
+
+                def multiply_k(acc):
+                    plgpu.wgmma(acc, q_smem.at[wg, slot], k_smem.at[page].T)
+                    return acc[...]
+
+                logits = pl.run_scoped(multiply_k, plgpu.ACC((_ROWS, PAGE_SIZE), jnp.float32))
+                # Results leave from where queries came in: once its stores have been read, the other slot is free,
+                # and so are the statistics.
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+                @pl.when(jnp.logical_and(i >= 1, i + 1 < count))
+                def _():
+                    plgpu.barrier_arrive(q_free.at[wg * _TILES + 1 - slot])
+
+                limits = [word & jnp.int32(PAGE_SIZE - 1) for word in words]
+
+                def mask(logits):
+                    row = plgpu.broadcasted_iota(jnp.int32, logits.shape, 0, layout=_WGMMA)
+                    key = plgpu.broadcasted_iota(jnp.int32, logits.shape, 1, layout=_WGMMA)
+                    limit = limits[-1]
+                    for r in range(TILE_PAIRS - 2, -1, -1):
+                        limit = jnp.where(row < (r + 1) * GROUP, limits[r], limit)
+                    return jnp.where(key <= limit, logits, -jnp.inf)
+
+                least = functools.reduce(jnp.minimum, limits)
+                logits = lax.cond(least < PAGE_SIZE - 1, mask, lambda logits: logits, logits)
+                largest = logits.max(axis=1)
+                # The difference first: scaled huge logits are not exact, and the largest must weigh 1.
+                weights = jnp.exp2((logits - lax.broadcast_in_dim(largest, logits.shape, [0])) * factor)
+                total = weights.sum(axis=1)
+                weights = weights.astype(dtype)
+
+                def multiply_v(acc):
+                    if weights_smem:
+                        weights_smem[0].at[wg][...] = weights
+                        plgpu.commit_smem()
+                        plgpu.wgmma(acc, weights_smem[0].at[wg], v_smem.at[page])
+                    else:
+                        plgpu.wgmma(acc, weights, v_smem.at[page])
+                    return acc[...]
+
+                values = pl.run_scoped(multiply_v, plgpu.ACC((_ROWS, DIM), jnp.float32))
+                inverse = lax.broadcast_in_dim(1.0 / total, values.shape, [0])
+                q_smem.at[wg, slot][...] = (values * inverse).astype(dtype)
+                stats_smem.at[wg, 0][...] = largest
+                stats_smem.at[wg, 1][...] = total
+                plgpu.commit_smem()
+                for r, word in enumerate(words):
+
+                    @pl.when(word >= 0)
+                    def _(r=r, word=word):
+                        rows = pl.ds(r * GROUP, GROUP)
+                        pair = lax.shift_right_logical(word, jnp.int32(LIMIT_BITS))
+                        unit = lax.div(pair, jnp.int32(top_k))
+                        group = lax.div(unit, jnp.int32(TILE_PAIRS))
+                        columns = pl.ds(lax.rem(unit, jnp.int32(TILE_PAIRS)) * GROUP, GROUP)
+                        store = functools.partial(plgpu.copy_smem_to_gmem, commit_group=False)
+                        store(q_smem.at[wg, slot, rows], out_gmem.at[pair])
+                        for stat in range(2):
+                            where = stats_gmem.at[group, pair - unit * top_k, stat, columns]
+                            store(stats_smem.at[wg, stat, rows], where)
+
+                plgpu.commit_smem_to_gmem_group()
+                return this_run, next_tile, after_next
+
+            run, _, _ = lax.fori_loop(0, count, step, (jnp.int32(0), describe(0), describe(1)))
+            lax.fori_loop(run, num_runs - 1, advance, None)
+            plgpu.wait_smem_to_gmem(0)
+
+    page = plgpu.SMEM((_PAGES, PAGE_SIZE, DIM), dtype, transforms=_TILE)
+    scratch = [
+        plgpu.SMEM((_WARPGROUPS, _TILES, _ROWS, DIM), dtype, transforms=_TILE),
+        page,
+        page,
+        plgpu.SMEM((_WARPGROUPS, 2, _ROWS), jnp.float32),
+        plgpu.Barrier(num_arrivals=TILE_PAIRS, num_barriers=_WARPGROUPS * _TILES),
+        plgpu.Barrier(num_barriers=_PAGES),
+        plgpu.Barrier(num_barriers=_PAGES),
+        plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=_PAGES),
+        plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=_PAGES),
+        plgpu.Barrier(num_barriers=_WARPGROUPS * _TILES),
+    ]
+    if interpret is not None:  # it multiplies from shared memory only
+        scratch.append(plgpu.SMEM((_WARPGROUPS, _ROWS, PAGE_SIZE), dtype, transforms=_TILE))
+    return plgpu.kernel(
+        attend,
+        out_type=[
+            jax.ShapeDtypeStruct((groups * TILE_PAIRS * top_k, GROUP, DIM), dtype),
+            jax.ShapeDtypeStruct((groups, top_k, 2, _ROWS), jnp.float32),
+        ],
+        grid=(config.ctas,),
+        grid_names=("cta",),
+        num_threads=_WARPGROUPS + 1,
+        thread_name="wg",
+        scratch_types=scratch,
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
+        **({} if interpret is None else {"interpret": interpret}),
+    )(
+        q.reshape(-1, GROUP, DIM),
+        k,
+        v,
+        tails,
+        plan.words,
+        plan.tile_run,
+        plan.run_head,
+        plan.run_page,
+        plan.run_tail,
+        plan.num_tiles,
+    )

@@ -1,0 +1,119 @@
+"""Runs one Mosaic GPU kernel in Pallas' interpreter, with race detection, against the oracle.
+
+    NPROC=16 JAX_PLATFORMS=cpu python tests/kernels/mosaic_interpreter.py CHECK
+
+NPROC must be in the environment before jax is imported: the interpreter wants a thread for each warpgroup and warp.
+"""
+
+import functools
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from kernel_cases import TOLERANCES, Batch, Case, Sizes, make_batch, random_choice
+
+from pallas_kernels.index_topk import mosaic_gpu as index
+from pallas_kernels.index_topk import mosaic_gpu_choose as choosing
+from pallas_kernels.sparse_attention import mosaic_gpu as attention
+
+RACES = plgpu.InterpretGPUParams(detect_races=True)
+SIZES = Sizes(
+    num_sequences=3,
+    num_rows=30,
+    table_width=5,
+    page_size=128,
+    num_kv_heads=2,
+    group=16,
+    head_dim=128,
+    index_dim=128,
+    dtype="bfloat16",
+)
+# A partial last block, an empty sequence, one shorter than its number of queries; garbage in the table, NaN in every
+# unused slot.
+CASE = Case("interpreted", ((470, 17), (0, 0), (0, 1)), SIZES, num_queries=2, shared=1)
+
+
+def check_attention(batch: Batch, got: jax.Array, block_ids: np.ndarray) -> None:
+    expected = batch.attention(block_ids)
+    error = np.abs(np.asarray(got, np.float64) - expected).max()
+    assert error <= TOLERANCES[batch.sizes.dtype] * np.abs(expected).max(), error
+
+
+def index_decode() -> None:
+    batch = make_batch(CASE, decode=True)
+    scores = jax.jit(functools.partial(index._score_decode, interpret=RACES))(*batch.index_args)
+    np.testing.assert_array_equal(scores, batch.scores())
+    choose = functools.partial(index._topk_decode, **batch.sizes.choice, interpret=RACES)
+    np.testing.assert_array_equal(jax.jit(choose)(*batch.index_args), batch.choice())
+
+
+def index_prefill() -> None:
+    batch = make_batch(CASE, decode=False)
+    choose = functools.partial(index._topk_prefill, **batch.sizes.choice, interpret=RACES)
+    np.testing.assert_array_equal(jax.jit(choose)(*batch.index_args), batch.choice())
+
+
+def choose_special_scores() -> None:
+    """Every way through the choice: ties, zeros of both signs, infinities, NaN; one chunk, several, and spread ones.
+
+    In the last column the best are all a single lane's, more than it keeps.
+    """
+    blocks, columns = 256, 8
+    rng = np.random.default_rng(0)
+    special = np.array([np.nan, np.inf, -np.inf, 0.0, -0.0, 1.0, -1.0, 3e38, -3e38, 1e-40], np.float32)
+    scores = rng.choice(special, (2, blocks, columns))
+    scores[:, ::32, -1] = 4e37 + 1e36 * np.arange(8, dtype=np.float32)
+    scores[:, :, -1] = np.minimum(scores[:, :, -1], 5e37)
+    positions = np.array([255 * 128 + 5, -1], np.int32)
+    ordered = np.nan_to_num(np.where(np.isnan(scores), -np.inf, scores))
+    for config, spread in (
+        (choosing.TuningConfig(256, 1), False),
+        (choosing.TuningConfig(64, 2), False),
+        (choosing.TuningConfig(64, 1), True),
+    ):
+        choice = choosing.Choice(4, columns, blocks, 8, init_blocks=1, local_blocks=2)
+        got = np.asarray(
+            choosing.choose(
+                jnp.asarray(scores),
+                jnp.asarray(positions),
+                choice=choice,
+                spread=spread,
+                config=config,
+                interpret=plgpu.InterpretGPUParams(),
+            )
+        )
+        for slab, position in enumerate(positions):
+            for column in range(columns):
+                own = (position + column // 4) // 128
+                forced = sorted({block for block in (0, own - 1, own) if 0 <= block <= own})
+                rest = [block for block in range(own + 1) if block not in forced]
+                rest.sort(key=lambda block: (-ordered[slab, block, column], block))
+                expected = (forced + rest + [-1] * 8)[:8]
+                np.testing.assert_array_equal(got[slab, column], expected)
+
+
+def attention_decode() -> None:
+    batch = make_batch(CASE, decode=True)
+    block_ids = random_choice(batch)
+    args = batch.attention_args(block_ids)
+    attend = functools.partial(attention._decode, scale=batch.scale, interpret=RACES)
+    check_attention(batch, jax.jit(attend)(*args), block_ids)
+
+
+def attention_prefill() -> None:
+    batch = make_batch(CASE, decode=False)
+    block_ids = batch.choice()
+    args = batch.attention_args(block_ids)
+    attend = functools.partial(attention._prefill, scale=batch.scale, ctas=2, interpret=RACES)
+    check_attention(batch, jax.jit(attend)(*args), block_ids)
+
+
+CHECKS = {
+    check.__name__: check
+    for check in (index_decode, index_prefill, choose_special_scores, attention_decode, attention_prefill)
+}
+
+if __name__ == "__main__":
+    CHECKS[sys.argv[1]]()
