@@ -171,6 +171,15 @@ def test_any_chunking_gives_the_full_pass(data: st.DataObject) -> None:
         )
 
 
+def test_every_split_in_two_gives_the_full_pass() -> None:
+    """Past the top-k blocks, so that every offset of a block boundary is a place where a chunk ends."""
+    tokens = models.random_tokens(TINY, 3, 75, seed=11)
+    full = np.asarray(MODEL(tokens))
+    for split in range(1, 75):
+        logits = run_in_splits(tokens, [75] * 3, [split], poisoned_cache(3))
+        np.testing.assert_allclose(logits, full, atol=1e-5 * np.abs(full).max(), rtol=0, err_msg=f"{split=}")
+
+
 @pytest.mark.parametrize("num_queries", [1, 3])
 def test_decode_gives_the_full_pass(num_queries: int) -> None:
     """Prefill, then decode with 1 or several tokens a step, one sequence pausing on every other step."""
