@@ -48,9 +48,9 @@ def prefill_rows(
     """
     row = jnp.arange(num_rows, dtype=jnp.int32)
     last = seq_lens.shape[0] - 1
-    sequence = jnp.clip(jnp.searchsorted(cu_seqlens, row, side="right").astype(jnp.int32) - 1, 0, last)
+    sequence = jnp.clip(count_up_to(cu_seqlens, row) - 1, 0, last)
     offset = row - cu_seqlens[sequence]
-    live = (offset >= 0) & (offset < _live_counts(cu_seqlens, seq_lens, context_lens)[sequence])
+    live = (offset >= 0) & (offset < live_counts(cu_seqlens, seq_lens, context_lens)[sequence])
     return Rows(sequence, jnp.where(live, context_lens[sequence] + offset, -1))
 
 
@@ -78,13 +78,13 @@ def prefill_tiles(
     num_sequences = seq_lens.shape[0]
     num_tiles = min(num_rows // height + num_sequences, num_rows)
     rows = prefill_rows(num_rows, cu_seqlens, seq_lens, context_lens)
-    counts = _live_counts(cu_seqlens, seq_lens, context_lens)
+    counts = live_counts(cu_seqlens, seq_lens, context_lens)
     tiles_of = (counts + height - 1) // height
     ends = jnp.cumsum(tiles_of, dtype=jnp.int32)
     starts = ends - tiles_of
 
     tile = jnp.arange(num_tiles, dtype=jnp.int32)
-    sequence = jnp.searchsorted(ends, tile, side="right").astype(jnp.int32)
+    sequence = count_up_to(ends, tile)
     sequence = jnp.minimum(sequence, num_sequences - 1)
     offset = (tile - starts[sequence])[:, None] * height + jnp.arange(height, dtype=jnp.int32)
     row = jnp.where(offset < counts[sequence][:, None], cu_seqlens[sequence][:, None] + offset, num_rows)
@@ -132,5 +132,11 @@ def map_live(
     return lax.map(jax.checkpoint(step, prevent_cse=False), (live, inputs))
 
 
-def _live_counts(cu_seqlens: Array, seq_lens: Array, context_lens: Array) -> Int32[Array, " B"]:
+def count_up_to(ends: Int32[Array, " n"], values: Int32[Array, " m"]) -> Int32[Array, " m"]:
+    """How many of the ascending `ends` are at most each value; by comparisons, since a search is a loop of kernels."""
+    return jnp.searchsorted(ends, values, side="right", method="compare_all").astype(jnp.int32)
+
+
+def live_counts(cu_seqlens: Array, seq_lens: Array, context_lens: Array) -> Int32[Array, " B"]:
+    """Live rows of each sequence of a prefill call."""
     return jnp.clip(seq_lens - context_lens, 0, jnp.maximum(cu_seqlens[1:] - cu_seqlens[:-1], 0))

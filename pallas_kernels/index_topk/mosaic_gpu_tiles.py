@@ -11,6 +11,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
+from pallas_kernels import rows
+
 # Far below any position that a window moved up may reach.
 _DEAD = -(2**30)
 
@@ -46,16 +48,14 @@ def windows(
     num_sequences = seq_lens.shape[0]
     # A sequence wastes less than `alignment` rows before its own and less than a window after them.
     num_windows = min((num_rows + num_sequences * (alignment + height - 2)) // height, num_rows)
-    counts = jnp.clip(seq_lens - context_lens, 0, jnp.maximum(cu_seqlens[1:] - cu_seqlens[:-1], 0))
+    counts = rows.live_counts(cu_seqlens, seq_lens, context_lens)
     before = cu_seqlens[:-1] % alignment
     needed = jnp.where(counts > 0, (before + counts + height - 1) // height, 0)
     ends = jnp.cumsum(needed, dtype=jnp.int32)
     starts = ends - needed
 
-    # Sums of comparisons and not searchsorted, which is a loop of kernels.
     window = jnp.arange(num_windows, dtype=jnp.int32)
-    sequence = jnp.sum(ends <= window[:, None], axis=1, dtype=jnp.int32)
-    sequence = jnp.minimum(sequence, num_sequences - 1)
+    sequence = jnp.minimum(rows.count_up_to(ends, window), num_sequences - 1)
     offset = (window - starts[sequence]) * height - before[sequence]
     count = counts[sequence]
     live = offset < count
@@ -66,17 +66,14 @@ def windows(
     num_blocks = jnp.where(live, jnp.minimum(last_position // page_size + 1, table_width), 0)
 
     row = jnp.arange(num_rows, dtype=jnp.int32)
-    of_row = jnp.sum(cu_seqlens[1:] <= row[:, None], axis=1, dtype=jnp.int32)
-    of_row = jnp.minimum(of_row, num_sequences - 1)
-    index = row - cu_seqlens[of_row]
-    is_live = (index >= 0) & (index < counts[of_row])
-    of_index = starts[of_row] + (index + before[of_row]) // height
+    of_row, position = rows.prefill_rows(num_rows, cu_seqlens, seq_lens, context_lens)
+    of_index = starts[of_row] + (row - cu_seqlens[of_row] + before[of_row]) // height
     places = of_index * height + row - first_row.at[of_index].get(mode="clip")
     return Windows(
         sequence=sequence,
         first_row=first_row,
         first_position=first_position,
         num_blocks=num_blocks,
-        places=jnp.where(is_live, places, num_windows * height),
-        position=jnp.where(is_live, context_lens[of_row] + index, -1),
+        places=jnp.where(position >= 0, places, num_windows * height),
+        position=position,
     )

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from pallas_kernels import hopper
 from pallas_kernels.derivatives import with_derivative_of
 from pallas_kernels.dispatch import Implementation
-from pallas_kernels.rows import Rows
+from pallas_kernels.rows import prefill_rows
 from pallas_kernels.sparse_attention import reference
 
 # (token, KV head, slot) of which partial results are held at a time, 4 KiB each.
@@ -57,7 +57,7 @@ def _prefill(q, k, v, block_ids, block_table, cu_seqlens, seq_lens, context_lens
 
     num_rows, num_heads, _ = q.shape
     kv_heads, top_k = k.shape[1], block_ids.shape[2]
-    rows = _prefill_rows(num_rows, cu_seqlens, seq_lens, context_lens)
+    rows = prefill_rows(num_rows, cu_seqlens, seq_lens, context_lens)
     items, tails = planning.items_of(v, block_table, seq_lens)
     config = attending.TuningConfig() if ctas is None else attending.TuningConfig(ctas)
     at_a_time = _PAIRS // (kv_heads * top_k)
@@ -90,16 +90,6 @@ def _prefill(q, k, v, block_ids, block_table, cu_seqlens, seq_lens, context_lens
         )
         results.append(merged.reshape(end - first, num_heads, hopper.DIM))
     return results[0] if len(results) == 1 else jnp.concatenate(results)
-
-
-def _prefill_rows(num_rows: int, cu_seqlens, seq_lens, context_lens) -> Rows:
-    """As `rows.prefill_rows`, by sums of comparisons: its searchsorted is a loop of kernels on a GPU."""
-    row = jnp.arange(num_rows, dtype=jnp.int32)
-    sequence = jnp.sum(cu_seqlens[1:] <= row[:, None], axis=1, dtype=jnp.int32)
-    sequence = jnp.minimum(sequence, seq_lens.shape[0] - 1)
-    offset = row - cu_seqlens[sequence]
-    live = (offset >= 0) & (offset < (seq_lens - context_lens)[sequence]) & (row < cu_seqlens[sequence + 1])
-    return Rows(sequence, jnp.where(live, context_lens[sequence] + offset, -1))
 
 
 sparse_attention_prefill = Implementation(
