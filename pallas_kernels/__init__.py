@@ -1,22 +1,31 @@
-"""Paged block-sparse attention of MiniMax-M3 for JAX: choose blocks of keys, attend to them.
+"""The operations of MiniMax-M3 that have kernels of their own in JAX.
 
-Six operations over flat token rows and paged caches, each with one public function and any number of
-implementations behind it (see `pallas_kernels.dispatch`).
+Paged block-sparse attention (choose blocks of keys, attend to them) over flat token rows and paged caches, dense
+attention at decode, norm, rotation and cache write in one, and the grouped matmuls of a mixture of experts. Each has
+one public function and any number of implementations behind it (see `pallas_kernels.dispatch`).
 """
 
+from pallas_kernels.grouped_matmul import grouped_matmul, grouped_swiglu
 from pallas_kernels.index_topk import (
     index_score_decode,
     index_score_prefill,
     index_topk_decode,
     index_topk_prefill,
 )
+from pallas_kernels.norm_rope_cache import Heads, norm_rope_cache
+from pallas_kernels.paged_attention import paged_attention_decode
 from pallas_kernels.sparse_attention import sparse_attention_decode, sparse_attention_prefill
 
 __all__ = [
+    "Heads",
+    "grouped_matmul",
+    "grouped_swiglu",
     "index_score_decode",
     "index_score_prefill",
     "index_topk_decode",
     "index_topk_prefill",
+    "norm_rope_cache",
+    "paged_attention_decode",
     "sparse_attention_decode",
     "sparse_attention_prefill",
 ]

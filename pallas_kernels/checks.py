@@ -51,11 +51,17 @@ def check_int32(**arrays: Any) -> None:
 
 def check_cache_dtypes(query_name: str, query: Any, **caches: Any) -> None:
     """Raise TypeError unless every cache has one of `CACHE_DTYPES` and the query has the same one."""
+    check_dtypes(**caches)
     for name, cache in caches.items():
-        if str(cache.dtype) not in CACHE_DTYPES:
-            raise TypeError(f"{name} has dtype {cache.dtype}, which must be one of {', '.join(CACHE_DTYPES)}")
         if query.dtype != cache.dtype:
             raise TypeError(f"{query_name} has dtype {query.dtype}, which must be {cache.dtype}, that of {name}")
+
+
+def check_dtypes(**arrays: Any) -> None:
+    """Raise TypeError unless every array has one of `CACHE_DTYPES`."""
+    for name, array in arrays.items():
+        if str(array.dtype) not in CACHE_DTYPES:
+            raise TypeError(f"{name} has dtype {array.dtype}, which must be one of {', '.join(CACHE_DTYPES)}")
 
 
 def check_uniform_queries(shapes: Shapes, query_name: str) -> None:
@@ -66,6 +72,12 @@ def check_uniform_queries(shapes: Shapes, query_name: str) -> None:
         )
 
 
+def check_heads(shapes: Shapes) -> None:
+    """Raise ValueError unless the N heads of q are a multiple of the K of k."""
+    if shapes["N"] % shapes["K"]:
+        raise ValueError(f"q has N={shapes['N']} heads, which must be a multiple of the K={shapes['K']} of k")
+
+
 def check_count(name: str, value: Any, least: int) -> None:
     """Raise TypeError unless `value` is a Python int, ValueError unless it is at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int):
@@ -74,9 +86,15 @@ def check_count(name: str, value: Any, least: int) -> None:
         raise ValueError(f"{name}={value} must be at least {least}")
 
 
-def check_scale(scale: Any) -> None:
-    """Raise TypeError unless `scale` is a Python number, ValueError unless it is positive and finite."""
+def scale_of(scale: Any, head_dim: int) -> float:
+    """The factor of the logits: `scale`, or head_dim ** -0.5 for None.
+
+    Raises TypeError unless `scale` is a Python number or None, ValueError unless it is positive and finite.
+    """
+    if scale is None:
+        return head_dim**-0.5
     if isinstance(scale, bool) or not isinstance(scale, int | float):
         raise TypeError(f"scale={scale!r} must be a Python float or None, not {type(scale).__name__}")
     if not (math.isfinite(scale) and scale > 0):
         raise ValueError(f"scale={scale} must be positive and finite")
+    return float(scale)

@@ -19,12 +19,17 @@ DTYPES = ("bfloat16", "float16")
 COMPUTE_CAPABILITY = "9.0"
 
 
+def default_device() -> Any:
+    """The device on which an operation runs unless its arguments say otherwise."""
+    device: Any = jax.config.jax_default_device or jax.devices()[0]  # pyright: ignore[reportAttributeAccessIssue]
+    return jax.devices(device)[0] if isinstance(device, str) else device
+
+
 def why_not_here() -> str | None:
     """Return None when the default device can run the kernels, else the reason."""
-    device: Any = jax.config.jax_default_device or jax.devices()[0]  # pyright: ignore[reportAttributeAccessIssue]
-    platform = device if isinstance(device, str) else device.platform
-    if platform not in ("gpu", "cuda"):
-        return f"the backend is {platform}, not gpu"
+    device = default_device()
+    if device.platform not in ("gpu", "cuda"):
+        return f"the backend is {device.platform}, not gpu"
     capability = getattr(device, "compute_capability", None)
     if capability != COMPUTE_CAPABILITY:
         return f"the GPU has compute capability {capability}, not {COMPUTE_CAPABILITY}"
@@ -44,6 +49,14 @@ def why_not_sizes(*, dtype: Any, page_size: int, num_sequences: int, kv_heads: i
         return f"there are {kv_heads} KV heads, not one of {', '.join(map(str, KV_HEADS))}"
     if num_sequences > MAX_SEQUENCES:
         return f"there are {num_sequences} sequences, more than {MAX_SEQUENCES}"
+    return None
+
+
+def why_not_group(num_heads: int, kv_heads: int) -> str | None:
+    """Return None when few enough query heads share a KV head for one tile of rows, else the reason."""
+    group = num_heads // kv_heads
+    if group > GROUP:
+        return f"{group} query heads share a KV head, more than {GROUP}"
     return None
 
 

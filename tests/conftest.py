@@ -1,10 +1,19 @@
 """Markers and the model that most tests share."""
 
+import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Before jax starts: else the first of the workers that share a GPU takes most of its memory.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
 import jax
 import models
 import pytest
 
 from m3_jax import M3Config, M3ForCausalLM
+
+# For the tests of meshes; every other test stays on the first device.
+jax.config.update("jax_num_cpu_devices", 8)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

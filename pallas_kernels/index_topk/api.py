@@ -6,7 +6,11 @@ Sparse Attention, score type "max"). A block is a page of S tokens; block j of a
 j*S to j*S + S - 1, and it is visible to a row when its first position is not beyond the row's.
 
 Letters: B sequences, T query rows, K index heads (= KV heads), I index dim, P pages, S page size, M pages
-of a sequence's table, C = top_k chosen blocks.
+of a sequence's table, C = top_k chosen blocks, N shares of the blocks.
+
+Where several devices hold the same index keys, each may score a share of the blocks for all heads
+(`index_candidates_decode`, `index_candidates_prefill`); `merge_candidates` of what they found is the choice that
+`index_topk_decode` and `index_topk_prefill` make, bit for bit.
 """
 
 from typing import Any
@@ -15,15 +19,24 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels import checks
 from pallas_kernels.dispatch import Operation
+from pallas_kernels.index_topk import keys
 
 # In order of preference.
 _MODULES = {
     "mosaic_gpu": "pallas_kernels.index_topk.mosaic_gpu",
+    "triton": "pallas_kernels.index_topk.triton_gpu",
     "reference": "pallas_kernels.index_topk.reference",
 }
 OPERATIONS = {
     name: Operation(name, _MODULES)
-    for name in ("index_score_prefill", "index_topk_prefill", "index_score_decode", "index_topk_decode")
+    for name in (
+        "index_score_prefill",
+        "index_topk_prefill",
+        "index_candidates_prefill",
+        "index_score_decode",
+        "index_topk_decode",
+        "index_candidates_decode",
+    )
 }
 
 
@@ -101,6 +114,50 @@ def index_topk_prefill(
     )
 
 
+def index_candidates_prefill(
+    index_q: Float[Array, "T K I"],
+    index_k: Float[Array, "P S I"],
+    block_table: Int32[Array, "B M"],
+    cu_seqlens: Int32[Array, " B+1"],
+    seq_lens: Int32[Array, " B"],
+    context_lens: Int32[Array, " B"],
+    share: Int32[Array, ""],
+    *,
+    num_shares: int,
+    top_k: int,
+    init_blocks: int = 0,
+    local_blocks: int = 1,
+    impl: str | None = None,
+) -> Int32[Array, "T K 2 C"]:
+    """Choose the `top_k` best blocks of one share for every row; arrays and choice as in `index_topk_prefill`.
+
+    share: 0 to num_shares - 1, of which share d has the blocks d, d + num_shares, d + 2 num_shares, and so on:
+      of whatever length a sequence is, every share has its part. Other columns of the table, and the pages
+      that they name, are not read. It may be traced, such as `lax.axis_index`.
+
+    Returns the keys [T, K, 0, C] and the numbers [T, K, 1, C] of the blocks, as `keys` defines them, best first; where
+    the share has fewer visible blocks, and in dead rows, the key is `keys.INVISIBLE` and the number -1.
+    Raises as `index_topk_prefill`; ValueError also for num_shares below 1.
+    """
+    _check(index_q, index_k, block_table, seq_lens, cu_seqlens=cu_seqlens, context_lens=context_lens)
+    _check_choice(top_k, init_blocks, local_blocks)
+    _check_share(share, num_shares)
+    return OPERATIONS["index_candidates_prefill"](
+        index_q,
+        index_k,
+        block_table,
+        cu_seqlens,
+        seq_lens,
+        context_lens,
+        share,
+        num_shares=num_shares,
+        top_k=top_k,
+        init_blocks=init_blocks,
+        local_blocks=local_blocks,
+        impl=impl,
+    )
+
+
 def index_score_decode(
     index_q: Float[Array, "T K I"],
     index_k: Float[Array, "P S I"],
@@ -147,6 +204,54 @@ def index_topk_decode(
     )
 
 
+def index_candidates_decode(
+    index_q: Float[Array, "T K I"],
+    index_k: Float[Array, "P S I"],
+    block_table: Int32[Array, "B M"],
+    seq_lens: Int32[Array, " B"],
+    share: Int32[Array, ""],
+    *,
+    num_shares: int,
+    top_k: int,
+    init_blocks: int = 0,
+    local_blocks: int = 1,
+    impl: str | None = None,
+) -> Int32[Array, "T K 2 C"]:
+    """Choose the `top_k` best blocks of one share for the last Q = T / B tokens of each sequence.
+
+    Rows as in `index_score_decode`, shares and candidates as in `index_candidates_prefill`.
+    """
+    _check(index_q, index_k, block_table, seq_lens)
+    _check_choice(top_k, init_blocks, local_blocks)
+    _check_share(share, num_shares)
+    return OPERATIONS["index_candidates_decode"](
+        index_q,
+        index_k,
+        block_table,
+        seq_lens,
+        share,
+        num_shares=num_shares,
+        top_k=top_k,
+        init_blocks=init_blocks,
+        local_blocks=local_blocks,
+        impl=impl,
+    )
+
+
+def merge_candidates(candidates: Int32[Array, "N T K 2 C"]) -> Int32[Array, "T K C"]:
+    """Choose the C best of all shares' candidates: what `index_topk_decode` or `index_topk_prefill` returns.
+
+    candidates: of shares 0 to N - 1 in any order, each with the same top_k, init_blocks, local_blocks and rows.
+    Plain JAX, for any backend. Raises ValueError or TypeError for another shape or dtype.
+    """
+    shapes = checks.Shapes()
+    shapes.bind("candidates", candidates, "N T K two C")
+    if shapes["two"] != 2:
+        raise ValueError(f"candidates has shape {candidates.shape}, of which axis 3 must be 2: keys and block numbers")
+    checks.check_int32(candidates=candidates)
+    return keys.merge(candidates)
+
+
 def _check(index_q: Any, index_k: Any, block_table: Any, seq_lens: Any, **ragged: Any) -> None:
     shapes = checks.Shapes()
     shapes.bind("index_q", index_q, "T K I")
@@ -171,3 +276,10 @@ def _check_choice(top_k: Any, init_blocks: Any, local_blocks: Any) -> None:
             f"init_blocks={init_blocks} + local_blocks={local_blocks} must be at most top_k={top_k}: "
             "forced blocks count within the choice"
         )
+
+
+def _check_share(share: Any, num_shares: Any) -> None:
+    checks.check_count("num_shares", num_shares, 1)
+    if getattr(share, "shape", None) != ():
+        raise TypeError(f"share={share!r} must be a scalar array")
+    checks.check_int32(share=share)

@@ -1,19 +1,17 @@
 """The block indexer as Pallas:Mosaic GPU kernels for Hopper: what they serve, and how they are put together.
 
-Both calls make a table of scores, blocks x columns, a column being a (token, head), and then choose from its
-columns: a slab of the table is a sequence in a decode call, and a window of rows in a prefill call.
+A decode call makes a table of scores, blocks x columns, a column being a (token, head), and then chooses from its
+columns. A prefill call chooses while it scores, window by window of rows.
 """
 
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import hopper
+from pallas_kernels import hopper, tuned
 from pallas_kernels.derivatives import with_derivative_of
 from pallas_kernels.dispatch import Implementation
-from pallas_kernels.index_topk import reference
-
-# Scores of a prefill call that are held at a time: more windows are worked off one group after the other.
-_TABLE_BYTES = 2**30
+from pallas_kernels.index_topk import keys, reference
+from pallas_kernels.index_topk.shares import Shares
 
 
 def _why_not(index_q, index_k, block_table, top_k: int | None) -> str | None:
@@ -29,12 +27,12 @@ def _why_not(index_q, index_k, block_table, top_k: int | None) -> str | None:
     return reason or hopper.why_not_here()
 
 
-def _decode_supported(index_q, index_k, block_table, _seq_lens, *, top_k=None, **_forced) -> str | None:
+def _decode_supported(index_q, index_k, block_table, *_lengths_and_share, top_k=None, **_options) -> str | None:
     reason = hopper.why_not_queries(index_q.shape[0], block_table.shape[0])
     return reason or _why_not(index_q, index_k, block_table, top_k)
 
 
-def _prefill_supported(index_q, index_k, block_table, *_lengths, top_k=None, **_forced) -> str | None:
+def _prefill_supported(index_q, index_k, block_table, *_lengths_and_share, top_k=None, **_options) -> str | None:
     return _why_not(index_q, index_k, block_table, top_k)
 
 
@@ -42,7 +40,8 @@ def _score_decode(index_q, index_k, block_table, seq_lens, *, interpret=None):
     num_rows, num_heads, _ = index_q.shape
     num_sequences, table_width = block_table.shape
     num_queries = num_rows // num_sequences
-    scores = _decode_table(index_q, index_k, block_table, seq_lens, interpret)
+    share, shares = _whole(block_table)
+    scores = _decode_table(index_q, index_k, block_table, seq_lens, share, shares, interpret)
     scores = scores[:, :table_width, : num_queries * num_heads]
     scores = scores.reshape(num_sequences, table_width, num_queries, num_heads).transpose(0, 2, 3, 1)
     position = seq_lens[:, None] - num_queries + jnp.arange(num_queries, dtype=jnp.int32)
@@ -51,55 +50,72 @@ def _score_decode(index_q, index_k, block_table, seq_lens, *, interpret=None):
 
 
 def _topk_decode(index_q, index_k, block_table, seq_lens, *, top_k, init_blocks, local_blocks, interpret=None):
+    forced = {"init_blocks": init_blocks, "local_blocks": local_blocks}
+    return _choose_decode(
+        index_q, index_k, block_table, seq_lens, *_whole(block_table), top_k=top_k, **forced, interpret=interpret
+    )
+
+
+def _candidates_decode(
+    index_q, index_k, block_table, seq_lens, share, *, num_shares, top_k, init_blocks, local_blocks, interpret=None
+):
+    return _choose_decode(
+        index_q,
+        index_k,
+        block_table,
+        seq_lens,
+        share.reshape(1),
+        Shares(block_table.shape[1], num_shares),
+        top_k=top_k,
+        init_blocks=init_blocks,
+        local_blocks=local_blocks,
+        with_keys=True,
+        interpret=interpret,
+    )
+
+
+def _choose_decode(index_q, index_k, block_table, seq_lens, share, shares, *, interpret, **options):
     from pallas_kernels.index_topk import mosaic_gpu_choose as choosing
 
     index_q, index_k = lax.stop_gradient((index_q, index_k))
     num_rows, num_heads, _ = index_q.shape
-    num_sequences, table_width = block_table.shape
-    num_queries = num_rows // num_sequences
+    num_queries = num_rows // block_table.shape[0]
     columns = num_queries * num_heads
-    choice = choosing.Choice(
-        num_heads=num_heads,
-        num_columns=columns,
-        table_width=table_width,
-        top_k=top_k,
-        init_blocks=init_blocks,
-        local_blocks=local_blocks,
-        shift=-num_queries,
-    )
-    scores = _decode_table(index_q, index_k, block_table, seq_lens, interpret)
-    config = choosing.TuningConfig.for_decode(table_width)
-    ids = choosing.choose(scores, seq_lens, choice=choice, spread=True, config=config, interpret=interpret)
-    return ids[:, :columns].reshape(num_rows, num_heads, top_k)
+    choice = choosing.Choice(num_heads=num_heads, num_columns=columns, shares=shares, shift=-num_queries, **options)
+    scores = _decode_table(index_q, index_k, block_table, seq_lens, share, shares, interpret)
+    config = _decode_choosing(index_q, shares)
+    chosen = choosing.choose(scores, seq_lens, share, choice=choice, config=config, interpret=interpret)
+    return chosen[:, :columns].reshape(num_rows, num_heads, *chosen.shape[2:])
 
 
-def _decode_table(index_q, index_k, block_table, seq_lens, interpret):
-    from pallas_kernels.index_topk import mosaic_gpu_choose as choosing
+def _whole(block_table):
+    """All blocks as the only share."""
+    return jnp.zeros((1,), jnp.int32), Shares(block_table.shape[1])
+
+
+def _decode_table(index_q, index_k, block_table, seq_lens, share, shares, interpret):
     from pallas_kernels.index_topk import mosaic_gpu_score_decode as scoring
 
-    num_sequences, table_width = block_table.shape
+    num_entries = block_table.shape[0] * shares.width
     return scoring.score_decode(
         index_q,
         index_k,
         block_table,
         seq_lens,
-        num_blocks=choosing.TuningConfig.for_decode(table_width).padded(table_width),
-        config=scoring.TuningConfig.heuristic(num_sequences * table_width),
+        share,
+        shares=shares,
+        num_blocks=hopper.round_up(shares.width, _decode_choosing(index_q, shares).blocks),
+        config=tuned.config("score_decode", scoring.TuningConfig.heuristic(num_entries), entries=num_entries),
         interpret=interpret,
     )
 
 
-def _score_prefill(index_q, index_k, block_table, cu_seqlens, seq_lens, context_lens, *, interpret=None):
-    table_width = block_table.shape[1]
-    num_rows, num_heads, _ = index_q.shape
-    lengths = (cu_seqlens, seq_lens, context_lens)
+def _decode_choosing(index_q, shares):
+    from pallas_kernels.index_topk import mosaic_gpu_choose as choosing
 
-    def by_column(scores, _positions):
-        return scores[:, :table_width].swapaxes(1, 2)
-
-    scores, position = _prefill(by_column, index_q, index_k, block_table, lengths, interpret)
-    scores = scores.reshape(num_rows, num_heads, table_width)
-    return _only_visible(scores, position[:, None, None])
+    columns = index_q.shape[0] * index_q.shape[1]
+    config = tuned.config("choose_decode", choosing.TuningConfig(), columns=columns, table_width=shares.width)
+    return config.fitted(shares.width)
 
 
 def _topk_prefill(
@@ -113,70 +129,113 @@ def _topk_prefill(
     top_k,
     init_blocks,
     local_blocks,
+    config=None,
     interpret=None,
 ):
-    from pallas_kernels.index_topk import mosaic_gpu_choose as choosing
-    from pallas_kernels.index_topk import mosaic_gpu_score_prefill as scoring
-
-    index_q, index_k = lax.stop_gradient((index_q, index_k))
-    choice = choosing.Choice(
-        num_heads=index_q.shape[1],
-        num_columns=scoring.WIDTH,
-        table_width=block_table.shape[1],
+    chosen, position = _choose_prefill(
+        index_q,
+        index_k,
+        block_table,
+        (cu_seqlens, seq_lens, context_lens),
+        *_whole(block_table),
         top_k=top_k,
         init_blocks=init_blocks,
         local_blocks=local_blocks,
+        config=config,
+        interpret=interpret,
     )
-
-    def choose(scores, positions):
-        config = choosing.TuningConfig.for_prefill()
-        return choosing.choose(scores, positions, choice=choice, spread=False, config=config, interpret=interpret)
-
-    lengths = (cu_seqlens, seq_lens, context_lens)
-    ids, position = _prefill(choose, index_q, index_k, block_table, lengths, interpret)
-    return jnp.where(position[:, None, None] >= 0, ids, -1)
+    return jnp.where(position[:, None, None] >= 0, chosen[:, :, 0], -1)
 
 
-def _prefill(finish, index_q, index_k, block_table, lengths, interpret):
-    """finish(scores f32[windows, blocks, WIDTH], first positions) -> [windows, WIDTH, n], back in the rows' order.
+def _candidates_prefill(
+    index_q,
+    index_k,
+    block_table,
+    cu_seqlens,
+    seq_lens,
+    context_lens,
+    share,
+    *,
+    num_shares,
+    top_k,
+    init_blocks,
+    local_blocks,
+    config=None,
+    interpret=None,
+):
+    candidates, position = _choose_prefill(
+        index_q,
+        index_k,
+        block_table,
+        (cu_seqlens, seq_lens, context_lens),
+        share.reshape(1),
+        Shares(block_table.shape[1], num_shares),
+        top_k=top_k,
+        init_blocks=init_blocks,
+        local_blocks=local_blocks,
+        with_keys=True,
+        config=config,
+        interpret=interpret,
+    )
+    nothing = jnp.asarray([keys.INVISIBLE, -1], jnp.int32)[:, None]
+    return jnp.where(position[:, None, None, None] >= 0, candidates, nothing)
 
-    Returns [T, K, n], of which dead rows may hold anything, and the rows' positions.
-    """
-    from pallas_kernels.index_topk import mosaic_gpu_choose as choosing
+
+def _choose_prefill(index_q, index_k, block_table, lengths, share, shares, *, config, interpret, **options):
+    """What each row chooses of a share, i32[T, K, 1 or 2, C], and the rows' positions; dead rows may hold anything."""
+    from pallas_kernels.index_topk import mosaic_gpu_choose_prefill as choosing
+
+    index_q, index_k = lax.stop_gradient((index_q, index_k))
+    num_rows, num_heads, _ = index_q.shape
+    index_q, window = _windows(index_q, block_table, lengths)
+    num_windows = window.sequence.shape[0]
+    if config is None:
+        heuristic = choosing.TuningConfig()
+        config = tuned.config("choose_pieces", heuristic, windows=num_windows, table_width=shares.width)
+    chosen = choosing.choose_prefill(
+        index_q,
+        index_k,
+        block_table,
+        *window[:4],
+        share,
+        choice=choosing.Choice(shares, **options),
+        config=config,
+        interpret=interpret,
+    )
+    place, position = window.places[:num_rows], window.position[:num_rows]
+    height = choosing.WIDTH // num_heads
+    # A column of a window is a (token, head).
+    by_token = chosen.reshape(*chosen.shape[:3], height, num_heads)
+    of_rows = by_token.at[place // height, :, :, place % height].get(mode="clip")
+    return jnp.moveaxis(of_rows, 3, 1), position
+
+
+def _score_prefill(index_q, index_k, block_table, cu_seqlens, seq_lens, context_lens, *, interpret=None):
+    from pallas_kernels.index_topk import mosaic_gpu_score_prefill as scoring
+
+    table_width = block_table.shape[1]
+    num_rows, num_heads, _ = index_q.shape
+    index_q, window = _windows(index_q, block_table, (cu_seqlens, seq_lens, context_lens))
+    num_windows = window.sequence.shape[0]
+    heuristic = scoring.TuningConfig.heuristic(num_windows)
+    config = tuned.config("score_prefill", heuristic, windows=num_windows, table_width=table_width)
+    scores = scoring.score_prefill(index_q, index_k, block_table, *window[:4], config=config, interpret=interpret)
+    scores = scores.swapaxes(1, 2).reshape(-1, num_heads, table_width)
+    scores = scores.at[window.places[:num_rows]].get(mode="clip")
+    return _only_visible(scores, window.position[:num_rows, None, None])
+
+
+def _windows(index_q, block_table, lengths):
+    """Queries padded to whole windows, and the windows."""
     from pallas_kernels.index_topk import mosaic_gpu_score_prefill as scoring
     from pallas_kernels.index_topk.mosaic_gpu_tiles import windows
 
     num_rows, num_heads, _ = index_q.shape
-    height = scoring.WIDTH // num_heads
-    alignment = scoring.ALIGNMENT // num_heads
+    height, alignment = scoring.WIDTH // num_heads, scoring.ALIGNMENT // num_heads
     padded_rows = max(height, hopper.round_up(num_rows, alignment))
     if padded_rows > num_rows:
         index_q = jnp.pad(index_q, ((0, padded_rows - num_rows), (0, 0), (0, 0)))
-    window = windows(padded_rows, height, alignment, hopper.PAGE_SIZE, block_table.shape[1], *lengths)
-    num_blocks = choosing.TuningConfig.for_prefill().padded(block_table.shape[1])
-    num_windows = window.sequence.shape[0]
-    config = scoring.TuningConfig.heuristic(num_windows)
-
-    def score_and_finish(inputs):
-        scores = scoring.score_prefill(
-            index_q, index_k, block_table, *inputs, num_blocks=num_blocks, config=config, interpret=interpret
-        )
-        return finish(scores, inputs[2])
-
-    inputs = (window.sequence, window.first_row, window.first_position, window.num_blocks)
-    at_a_time = max(1, _TABLE_BYTES // (num_blocks * scoring.WIDTH * 4))
-    if num_windows <= at_a_time:
-        result = score_and_finish(inputs)
-    else:
-        num_groups = -(-num_windows // at_a_time)
-        padding = num_groups * at_a_time - num_windows
-        # Windows without blocks: the kernels pass over them.
-        padded = [jnp.pad(array, (0, padding), mode="edge") for array in inputs[:3]]
-        padded.append(jnp.pad(inputs[3], (0, padding)))
-        grouped = tuple(array.reshape(num_groups, at_a_time) for array in padded)
-        result = lax.map(score_and_finish, grouped)
-    by_place = result.reshape(-1, num_heads, result.shape[-1])
-    return by_place.at[window.places[:num_rows]].get(mode="clip"), window.position[:num_rows]
+    return index_q, windows(padded_rows, height, alignment, hopper.PAGE_SIZE, block_table.shape[1], *lengths)
 
 
 def _only_visible(scores, position):
@@ -193,3 +252,5 @@ index_score_decode = Implementation(
     _decode_supported, with_derivative_of(reference.index_score_decode.run, _score_decode)
 )
 index_topk_decode = Implementation(_decode_supported, _topk_decode)
+index_candidates_prefill = Implementation(_prefill_supported, _candidates_prefill)
+index_candidates_decode = Implementation(_decode_supported, _candidates_decode)

@@ -9,7 +9,7 @@ queries (tokens x heads) pad the narrow side of the wgmma, of which the least is
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import DIM, PAGE_SIZE, round_up
+from pallas_kernels.index_topk.shares import Shares
 
 _TILE = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 
@@ -25,6 +26,8 @@ _TILE = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 @dataclass(frozen=True)
 class TuningConfig:
     """pages: scored by a CTA. stages: of the ring of pages, 32 KiB each; several CTAs share an SM."""
+
+    CANDIDATES: ClassVar = {"pages": (1, 2, 4, 8, 16), "stages": (1, 2, 4)}
 
     pages: int = 4
     stages: int = 2
@@ -34,6 +37,8 @@ class TuningConfig:
             raise ValueError(f"stages={self.stages} must be 1 to 6")
         if self.pages not in (1, 2, 4, 8, 16, 32):
             raise ValueError(f"pages={self.pages} must be a power of two up to 32")
+        if self.stages > self.pages:
+            raise ValueError(f"stages={self.stages} must be at most pages={self.pages}")
 
     @classmethod
     def heuristic(cls, num_entries: int) -> "TuningConfig":
@@ -41,36 +46,56 @@ class TuningConfig:
         return cls(pages=1, stages=1) if num_entries <= 512 else cls()
 
 
-@functools.partial(jax.jit, static_argnames=("num_blocks", "config", "interpret"))
-def score_decode(index_q, index_k, block_table, seq_lens, *, num_blocks: int, config: TuningConfig, interpret: Any):
-    """Scores f32[B, num_blocks, W] of columns (token, head), W = Q * K rounded up to 8.
+@functools.partial(jax.jit, static_argnames=("shares", "num_blocks", "config", "interpret"))
+def score_decode(
+    index_q,
+    index_k,
+    block_table,
+    seq_lens,
+    share,
+    *,
+    shares: Shares,
+    num_blocks: int,
+    config: TuningConfig,
+    interpret: Any,
+):
+    """Scores f32[B, num_blocks, W] of a share's blocks for columns (token, head), W = Q * K rounded up to 8.
 
-    num_blocks: M rounded up by the caller, a multiple of config.pages. A block that no query of the sequence
-    sees, and the columns beyond Q * K, are left unwritten or hold anything; a block that one query sees and
-    another does not has -inf for the latter.
+    share: i32[1]. num_blocks: shares.width rounded up by the caller, a multiple of config.pages. A block that no
+    query of the sequence sees, and the columns beyond Q * K, are left unwritten or hold anything; a block that one
+    query sees and another does not has -inf for the latter.
     """
     num_rows, num_heads, _ = index_q.shape
-    num_sequences, table_width = block_table.shape
+    num_sequences = block_table.shape[0]
     num_pages = index_k.shape[0]
     num_queries = num_rows // num_sequences
     columns = num_queries * num_heads
     width = round_up(columns, 8)
     queries = index_q.reshape(num_sequences, columns, DIM)
     queries = jnp.pad(queries, ((0, 0), (0, width - columns), (0, 0)))
-    stages = min(config.stages, config.pages)
+    stages = config.stages
 
-    def score(q_gmem, k_gmem, table_gmem, lens_gmem, out_gmem, q_smem, k_smem, out_smem, q_barrier, k_barrier):
+    def score(
+        q_gmem, k_gmem, table_gmem, lens_gmem, share_gmem, out_gmem, q_smem, k_smem, out_smem, q_barrier, k_barrier
+    ):
+        share = shares.of(share_gmem)
         sequence, chunk = lax.axis_index("sequence"), lax.axis_index("chunk")
         length = lens_gmem[sequence]
         first_block = chunk * config.pages
-        visible = jnp.minimum(lax.div(length + (PAGE_SIZE - 1), jnp.int32(PAGE_SIZE)), table_width)
-        count = jnp.clip(visible - first_block, 0, config.pages)
+        visible = jnp.minimum(lax.div(length + (PAGE_SIZE - 1), jnp.int32(PAGE_SIZE)), shares.table_width)
+        count = jnp.clip(shares.count(visible, share) - first_block, 0, config.pages)
 
-        def load(i, slot):
-            page = jnp.clip(table_gmem[sequence, first_block + i], 0, num_pages - 1)
+        def page_of(i):
+            """Read before anybody knows whether there is such a page: it takes as long as the page's first bytes."""
+            block = jnp.minimum(shares.block(first_block + i, share), shares.table_width - 1)
+            return jnp.clip(table_gmem[sequence, block], 0, num_pages - 1)
+
+        def load(page, slot):
             plgpu.copy_gmem_to_smem(k_gmem.at[page], k_smem.at[slot], k_barrier.at[slot])
 
-        def step(i, _):
+        first_pages = [page_of(jnp.int32(i)) for i in range(stages + 1)]
+
+        def step(i, page):
             slot = lax.rem(i, jnp.int32(stages))
             plgpu.barrier_wait(k_barrier.at[slot])
 
@@ -82,9 +107,10 @@ def score_decode(index_q, index_k, block_table, seq_lens, *, num_blocks: int, co
 
             @pl.when(i + stages < count)
             def _():
-                load(i + stages, slot)
+                load(page, slot)
 
-            first_key = (first_block + i) * PAGE_SIZE
+            page = page_of(i + stages + 1)
+            first_key = shares.block(first_block + i, share) * PAGE_SIZE
             # The first query sees the least; its position decides whether anything has to be masked.
             first_position = length - num_queries
 
@@ -97,6 +123,7 @@ def score_decode(index_q, index_k, block_table, seq_lens, *, num_blocks: int, co
 
             dots = lax.cond(first_key + (PAGE_SIZE - 1) > first_position, mask, lambda dots: dots, dots)
             out_smem[i] = dots.max(axis=0)
+            return page
 
         @pl.when(count > 0)
         def _():
@@ -105,10 +132,10 @@ def score_decode(index_q, index_k, block_table, seq_lens, *, num_blocks: int, co
 
                 @pl.when(i < count)
                 def _(i=i):
-                    load(jnp.int32(i), i)
+                    load(first_pages[i], i)
 
             plgpu.barrier_wait(q_barrier)
-            lax.fori_loop(0, count, step, None)
+            lax.fori_loop(0, count, step, first_pages[stages])
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(out_smem, out_gmem.at[sequence, pl.ds(first_block, config.pages)])
             plgpu.wait_smem_to_gmem(0)
@@ -127,4 +154,4 @@ def score_decode(index_q, index_k, block_table, seq_lens, *, num_blocks: int, co
             plgpu.Barrier(num_barriers=stages),
         ],
         **({} if interpret is None else {"interpret": interpret}),
-    )(queries, index_k, block_table, seq_lens)
+    )(queries, index_k, block_table, seq_lens, share)

@@ -10,7 +10,7 @@ page's maxima go straight from registers to memory, one row of scores a page.
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,8 @@ ALIGNMENT = 8
 class TuningConfig:
     """shares: CTAs that a window's blocks are split over. stages: of the ring of pages, 32 KiB each."""
 
+    CANDIDATES: ClassVar = {"shares": (1, 2, 3, 4, 6, 8), "stages": (3, 4)}
+
     shares: int = 4
     stages: int = 4
 
@@ -47,7 +49,7 @@ class TuningConfig:
         return cls(shares=4 if num_windows < 512 else 2 if num_windows < 1024 else 1)
 
 
-@functools.partial(jax.jit, static_argnames=("num_blocks", "config", "interpret"))
+@functools.partial(jax.jit, static_argnames=("config", "interpret"))
 def score_prefill(
     index_q,
     index_k,
@@ -57,11 +59,10 @@ def score_prefill(
     first_position,
     blocks,
     *,
-    num_blocks: int,
     config: TuningConfig,
     interpret: Any,
 ):
-    """Scores f32[windows, num_blocks, WIDTH] of columns (token, head).
+    """Scores f32[windows, M, WIDTH] of columns (token, head).
 
     sequence, first_row, first_position, blocks: i32[windows]; first_row * K is a multiple of ALIGNMENT.
     A block from blocks[w] on is left unwritten, and one that a row of the window does not see is -inf for it.
@@ -69,7 +70,7 @@ def score_prefill(
     num_rows, num_heads, _ = index_q.shape
     num_pages = index_k.shape[0]
     num_windows = sequence.shape[0]
-    shares, stages = config.shares, config.stages
+    parts, stages = config.shares, config.stages
 
     def score(
         q_gmem,
@@ -90,9 +91,9 @@ def score_prefill(
         # The later windows of a sequence see more: they start first.
         window = (num_windows - 1) - lax.axis_index("window")
         visible = blocks_gmem[window]
-        share = lax.div(visible + (shares - 1), jnp.int32(shares))
-        first_block = lax.axis_index("share") * share
-        count = jnp.clip(visible - first_block, 0, share)
+        part = lax.div(visible + (parts - 1), jnp.int32(parts))
+        first_block = lax.axis_index("part") * part
+        count = jnp.clip(visible - first_block, 0, part)
 
         @pl.when(wg == _WARPGROUPS)
         def _produce():
@@ -151,9 +152,9 @@ def score_prefill(
     dtype = index_k.dtype
     return plgpu.kernel(
         score,
-        out_type=jax.ShapeDtypeStruct((num_windows, num_blocks, WIDTH), jnp.float32),
-        grid=(num_windows, shares),
-        grid_names=("window", "share"),
+        out_type=jax.ShapeDtypeStruct((num_windows, block_table.shape[1], WIDTH), jnp.float32),
+        grid=(num_windows, parts),
+        grid_names=("window", "part"),
         num_threads=_WARPGROUPS + 1,
         thread_name="wg",
         scratch_types=[
@@ -164,4 +165,12 @@ def score_prefill(
             plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=stages),
         ],
         **({} if interpret is None else {"interpret": interpret}),
-    )(index_q.reshape(num_rows * num_heads, DIM), index_k, block_table, sequence, first_row, first_position, blocks)
+    )(
+        index_q.reshape(num_rows * num_heads, DIM),
+        index_k,
+        block_table,
+        sequence,
+        first_row,
+        first_position,
+        blocks,
+    )

@@ -18,6 +18,7 @@ from pallas_kernels.dispatch import Operation
 # In order of preference.
 _MODULES = {
     "mosaic_gpu": "pallas_kernels.sparse_attention.mosaic_gpu",
+    "triton": "pallas_kernels.sparse_attention.triton_gpu",
     "reference": "pallas_kernels.sparse_attention.reference",
 }
 OPERATIONS = {name: Operation(name, _MODULES) for name in ("sparse_attention_prefill", "sparse_attention_decode")}
@@ -66,7 +67,7 @@ def sparse_attention_prefill(
         cu_seqlens,
         seq_lens,
         context_lens,
-        scale=_scale(q, scale),
+        scale=checks.scale_of(scale, q.shape[-1]),
         impl=impl,
     )
 
@@ -89,7 +90,7 @@ def sparse_attention_decode(
     """
     _check(q, k, v, block_ids, block_table, seq_lens)
     return OPERATIONS["sparse_attention_decode"](
-        q, k, v, block_ids, block_table, seq_lens, scale=_scale(q, scale), impl=impl
+        q, k, v, block_ids, block_table, seq_lens, scale=checks.scale_of(scale, q.shape[-1]), impl=impl
     )
 
 
@@ -102,18 +103,10 @@ def _check(q: Any, k: Any, v: Any, block_ids: Any, block_table: Any, seq_lens: A
     shapes.bind("block_table", block_table, "B M")
     shapes.bind("seq_lens", seq_lens, "B")
     checks.check_cache_dtypes("q", q, k=k, v=v)
-    if shapes["N"] % shapes["K"]:
-        raise ValueError(f"q has N={shapes['N']} heads, which must be a multiple of the K={shapes['K']} of k")
+    checks.check_heads(shapes)
     if ragged:
         shapes.bind("cu_seqlens", ragged["cu_seqlens"], "B+1")
         shapes.bind("context_lens", ragged["context_lens"], "B")
     else:
         checks.check_uniform_queries(shapes, "q")
     checks.check_int32(block_ids=block_ids, block_table=block_table, seq_lens=seq_lens, **ragged)
-
-
-def _scale(q: Any, scale: float | None) -> float:
-    if scale is None:
-        return q.shape[-1] ** -0.5
-    checks.check_scale(scale)
-    return float(scale)

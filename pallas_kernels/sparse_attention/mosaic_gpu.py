@@ -6,7 +6,7 @@ is merged, for some rows of the call at a time.
 
 import jax.numpy as jnp
 
-from pallas_kernels import hopper
+from pallas_kernels import hopper, tuned
 from pallas_kernels.derivatives import with_derivative_of
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.rows import prefill_rows
@@ -25,8 +25,7 @@ def _why_not(q, k, block_ids, block_table) -> str | None:
         kv_heads=kv_heads,
         head_dim=k.shape[3],
     )
-    if reason is None and num_heads != hopper.GROUP * kv_heads:
-        reason = f"{num_heads // kv_heads} query heads share a KV head, not {hopper.GROUP}"
+    reason = reason or hopper.why_not_group(num_heads, kv_heads)
     if reason is None and top_k not in hopper.TOP_KS:
         reason = f"there are {top_k} chosen blocks, not one of {', '.join(map(str, hopper.TOP_KS))}"
     return reason or hopper.why_not_here()
@@ -44,7 +43,8 @@ def _prefill_supported(q, k, _v, block_ids, block_table, *_lengths, scale) -> st
 def _decode(q, k, v, block_ids, block_table, seq_lens, *, scale, interpret=None):
     from pallas_kernels.sparse_attention import mosaic_gpu_decode as decoding
 
-    config = decoding.TuningConfig.heuristic(q.shape[0] * k.shape[1], block_ids.shape[2])
+    units, top_k = q.shape[0] * k.shape[1], block_ids.shape[2]
+    config = tuned.config("attend_decode", decoding.TuningConfig.heuristic(units, top_k), units=units, top_k=top_k)
     return decoding.attend_decode(
         q, k, v, block_ids, block_table, seq_lens, scale=scale, config=config, interpret=interpret
     )
@@ -57,6 +57,12 @@ def _prefill(q, k, v, block_ids, block_table, cu_seqlens, seq_lens, context_lens
 
     num_rows, num_heads, _ = q.shape
     kv_heads, top_k = k.shape[1], block_ids.shape[2]
+    group = num_heads // kv_heads
+    if group < hopper.GROUP:
+        # What the kernels multiply has room for whole groups.
+        q = q.reshape(num_rows, kv_heads, group, hopper.DIM)
+        q = jnp.pad(q, ((0, 0), (0, 0), (0, hopper.GROUP - group), (0, 0)))
+        q = q.reshape(num_rows, kv_heads * hopper.GROUP, hopper.DIM)
     rows = prefill_rows(num_rows, cu_seqlens, seq_lens, context_lens)
     items, tails = planning.items_of(v, block_table, seq_lens)
     config = attending.TuningConfig() if ctas is None else attending.TuningConfig(ctas)
@@ -73,7 +79,6 @@ def _prefill(q, k, v, block_ids, block_table, cu_seqlens, seq_lens, context_lens
             tails,
             plan,
             first_token=first,
-            num_tokens=end - first,
             top_k=top_k,
             scale=scale,
             config=config,
@@ -82,12 +87,14 @@ def _prefill(q, k, v, block_ids, block_table, cu_seqlens, seq_lens, context_lens
         merged = merging.merge_prefill(
             partials,
             stats,
-            plan.valid,
+            plan.places,
             units=(end - first) * kv_heads,
+            top_k=top_k,
             scale=scale,
-            config=merging.TuningConfig(),
+            config=tuned.config("merge_prefill", merging.TuningConfig(), units=(end - first) * kv_heads, top_k=top_k),
             interpret=interpret,
         )
+        merged = merged.reshape(end - first, kv_heads, hopper.GROUP, hopper.DIM)[:, :, :group]
         results.append(merged.reshape(end - first, num_heads, hopper.DIM))
     return results[0] if len(results) == 1 else jnp.concatenate(results)
 

@@ -1,9 +1,9 @@
-"""Block-sparse attention of a decode call on Hopper.
+"""Attention of a decode call on Hopper: to the blocks that were chosen, or to all that a row sees.
 
-A CTA takes one (row, KV head) and a share of its chosen blocks, and walks over their pages with an online
-softmax in base 2. The 16 query heads that share the KV head are the first 16 of the 64 rows of a wgmma: what
-the other 48 compute is never stored. With several shares a row, XLA merges them: a partial result leaves as
-two numbers of the queries' dtype, the second what the first rounded away.
+A CTA takes one (row, KV head) and a share of its blocks, and walks over their pages with an online softmax in
+base 2. The query heads that share the KV head, up to 16, are the first of the 64 rows of a wgmma: what the others
+compute is never stored. Several shares of a row are merged afterwards, a few by XLA, many by a second kernel: a
+partial result leaves as two numbers of the queries' dtype, the second what the first rounded away.
 """
 
 # jax does not export every name of Mosaic GPU, and calls its transforms abstract.
@@ -12,7 +12,7 @@ two numbers of the queries' dtype, the second what the first rounded away.
 import functools
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -20,25 +20,33 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper import DIM, GROUP, PAGE_SIZE
+from pallas_kernels.hopper import DIM, PAGE_SIZE, round_up
+from pallas_kernels.sparse_attention import mosaic_gpu_decode_merge as merging
 
 _TILE = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 _ROWS = 64
 _WGMMA = plgpu.Layout.WGMMA
+# Rows of a tile of shared memory: fewer than that cannot be copied.
+_TILE_ROWS = 8
+_NUM_SMS = 132
+# 16 shares take XLA 2.9 us and the kernel 3.4 on an H200, 64 shares take XLA four launches.
+_FEW_SHARES = 32
 # Of a row that has seen no key: finite, so that no difference of two maxima is NaN.
 _LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
 @dataclass(frozen=True)
 class TuningConfig:
-    """shares: CTAs that a row's chosen blocks are split over. stages: of the ring of pages, 64 KiB each."""
+    """shares: CTAs that a row's blocks are split over. stages: of the ring of pages, 64 KiB each."""
+
+    CANDIDATES: ClassVar = {"shares": (1, 2, 4, 8, 16), "stages": (1, 2)}
 
     shares: int
     stages: int
 
     def __post_init__(self) -> None:
-        if self.shares not in (1, 2, 4, 8, 16, 32):
-            raise ValueError(f"shares={self.shares} must be a power of two up to 32")
+        if self.shares < 1:
+            raise ValueError(f"shares={self.shares} must be at least 1")
         if self.stages not in (1, 2, 3):
             raise ValueError(f"stages={self.stages} must be 1, 2 or 3")
 
@@ -50,30 +58,56 @@ class TuningConfig:
             shares *= 2
         return cls(shares=shares, stages=1)
 
+    @classmethod
+    def for_all_blocks(cls, units: int, table_width: int) -> "TuningConfig":
+        """As `heuristic`, of tables of so many blocks: up to four rounds of CTAs, which even out unequal lengths.
+
+        A CTA beyond the first round has at least 8 blocks to pay for its partial result.
+        """
+        ctas = 2 * _NUM_SMS
+        shares = min(max(1, ctas // units), table_width)
+        for rounds in (2, 3, 4):
+            more = ctas * rounds // units
+            if more * 8 <= table_width:
+                shares = max(shares, more)
+        return cls(shares=shares, stages=1)
+
 
 @functools.partial(jax.jit, static_argnames=("scale", "config", "interpret"))
 def attend_decode(q, k, v, block_ids, block_table, seq_lens, *, scale: float, config: TuningConfig, interpret: Any):
-    """Attention [T, N, H] of q [T, N, H] to the pages of k and v [P, K, S, H] that block_ids [T, K, C] choose."""
+    """Attention [T, N, H] of q [T, N, H] to the pages of k and v [P, K, S, H] that block_ids [T, K, C] choose.
+
+    None for block_ids means all blocks up to a row's own. With block_ids, C must be a multiple of config.shares
+    where it is not less.
+    """
     num_rows, num_heads, _ = q.shape
     num_pages, kv_heads, _, _ = k.shape
     num_sequences, table_width = block_table.shape
     num_queries = num_rows // num_sequences
-    shares, top_k = config.shares, block_ids.shape[2]
-    share = top_k // shares
-    stages = min(config.stages, share)
+    num_blocks = table_width if block_ids is None else block_ids.shape[2]
+    shares = min(config.shares, num_blocks)
+    most = -(-num_blocks // shares)
+    if block_ids is not None and num_blocks % shares:
+        raise ValueError(f"shares={shares} must divide the {num_blocks} chosen blocks")
+    stages = min(config.stages, most)
     factor = scale * math.log2(math.e)
     dtype = q.dtype
+    group = num_heads // kv_heads
+    height = round_up(group, _TILE_ROWS)
+    queries = q.reshape(num_rows, kv_heads, group, DIM)
+    if height > group:
+        queries = jnp.pad(queries, ((0, 0), (0, 0), (0, height - group), (0, 0)))
 
     def attend(
         q_gmem,
         k_gmem,
         v_gmem,
-        ids_gmem,
         table_gmem,
         lens_gmem,
-        out_gmem,
         *rest,
     ):
+        ids_gmem, rest = (None, rest) if block_ids is None else (rest[0], rest[1:])
+        out_gmem, *rest = rest
         stats_gmem, rest = (rest[0], rest[1:]) if shares > 1 else (None, rest)
         q_smem, k_smem, v_smem, stats_smem, q_barrier, k_barrier, v_barrier, *weights_smem = rest
         row, head, part = lax.axis_index("row"), lax.axis_index("head"), lax.axis_index("share")
@@ -81,16 +115,27 @@ def attend_decode(q, k, v, block_ids, block_table, seq_lens, *, scale: float, co
         position = lens_gmem[sequence] - num_queries + lax.rem(row, jnp.int32(num_queries))
         own = jnp.where(position >= 0, lax.div(position, jnp.int32(PAGE_SIZE)), -1)
 
-        def block(i):
-            return ids_gmem[row, head, part * share + i]
-
         def used(block):
             return jnp.logical_and(block >= 0, block <= own)
 
-        # Unused ids lie on the right as a rule; one in between is walked over with every key masked.
-        count = jnp.int32(0)
-        for i in range(share):
-            count = jnp.where(used(block(i)), i + 1, count)
+        if ids_gmem is None:
+            # Equal shares of what is visible, not of the table.
+            visible = jnp.minimum(own + 1, table_width)
+            share = lax.div(visible + (shares - 1), jnp.int32(shares))
+            first = part * share
+            count = jnp.clip(visible - first, 0, share)
+
+            def block(i):
+                return first + i
+        else:
+
+            def block(i):
+                return ids_gmem[row, head, part * most + i]
+
+            # Unused ids lie on the right as a rule; one in between is walked over with every key masked.
+            count = jnp.int32(0)
+            for i in range(most):
+                count = jnp.where(used(block(i)), i + 1, count)
 
         def page(i):
             # What a masked block's entry holds is no address.
@@ -158,7 +203,7 @@ def attend_decode(q, k, v, block_ids, block_table, seq_lens, *, scale: float, co
 
             return acc, new_largest, total
 
-        plgpu.copy_gmem_to_smem(q_gmem.at[row, head], q_smem.at[pl.ds(0, GROUP)], q_barrier)
+        plgpu.copy_gmem_to_smem(q_gmem.at[row, head], q_smem.at[pl.ds(0, height)], q_barrier)
         for i in range(stages):
 
             @pl.when(i < count)
@@ -183,17 +228,18 @@ def attend_decode(q, k, v, block_ids, block_table, seq_lens, *, scale: float, co
             stats_smem[1] = total
         plgpu.commit_smem()
         for i in range(out_gmem.shape[3]):
-            rows = k_smem.at[0, pl.ds(i * _ROWS, GROUP)]
+            rows = k_smem.at[0, pl.ds(i * _ROWS, height)]
             plgpu.copy_smem_to_gmem(rows, out_gmem.at[row, head, part, i])
         if stats_gmem is not None:
             for i in range(2):
-                plgpu.copy_smem_to_gmem(stats_smem.at[i, pl.ds(0, GROUP)], stats_gmem.at[row, head, part, i])
+                plgpu.copy_smem_to_gmem(stats_smem.at[i, pl.ds(0, height)], stats_gmem.at[row, head, part, i])
         plgpu.wait_smem_to_gmem(0)
 
     halves = 2 if shares > 1 else 1
-    out = [jax.ShapeDtypeStruct((num_rows, kv_heads, shares, halves, GROUP, DIM), dtype)]
+    out = [jax.ShapeDtypeStruct((num_rows, kv_heads, shares, halves, height, DIM), dtype)]
     if shares > 1:
-        out.append(jax.ShapeDtypeStruct((num_rows, kv_heads, shares, 2, GROUP), jnp.float32))
+        room = round_up(shares, merging.TILE)
+        out.append(jax.ShapeDtypeStruct((num_rows, kv_heads, room, 2, height), jnp.float32))
     page = plgpu.SMEM((stages, PAGE_SIZE, DIM), dtype, transforms=_TILE)
     scratch = [
         plgpu.SMEM((_ROWS, DIM), dtype, transforms=_TILE),
@@ -206,6 +252,8 @@ def attend_decode(q, k, v, block_ids, block_table, seq_lens, *, scale: float, co
     ]
     if interpret is not None:  # it multiplies from shared memory only
         scratch.append(plgpu.SMEM((_ROWS, PAGE_SIZE), dtype, transforms=_TILE))
+    if block_ids is None:
+        attend.__name__ = "attend_all"  # for profiles
     partials, *stats = plgpu.kernel(
         attend,
         out_type=out,
@@ -214,18 +262,23 @@ def attend_decode(q, k, v, block_ids, block_table, seq_lens, *, scale: float, co
         scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         **({} if interpret is None else {"interpret": interpret}),
-    )(q.reshape(num_rows, kv_heads, GROUP, DIM), k, v, block_ids, block_table, seq_lens)
-    if not stats:
-        return partials.reshape(num_rows, num_heads, DIM)
-    return _merge(partials, stats[0], factor).reshape(num_rows, num_heads, DIM)
+    )(queries, k, v, block_table, seq_lens, *(() if block_ids is None else (block_ids,)))
+    if stats and shares <= _FEW_SHARES:
+        result = _merge(partials, stats[0], factor)[:, :, :group]
+    elif stats:
+        result = merging.merge_decode(partials, stats[0], group=group, factor=factor, interpret=interpret)
+    else:
+        result = partials[:, :, 0, 0, :group]
+    return result.reshape(num_rows, num_heads, DIM)
 
 
 def _merge(partials, stats, factor: float):
-    """[T, K, G, H] from partials [T, K, shares, 2, G, H] and the maxima and sums f32[T, K, shares, 2, G].
+    """[T, K, G, H] from partials [T, K, shares, 2, G, H] and the maxima and sums f32[T, K, shares or more, 2, G].
 
     Written out share by share: sums and maxima of so few are faster within elementwise fusions than as reductions.
     """
     shares = partials.shape[2]
+    stats = stats[:, :, :shares]
     largest = functools.reduce(jnp.maximum, [stats[:, :, i, 0] for i in range(shares)])
     weights = stats[:, :, :, 1] * jnp.exp2((stats[:, :, :, 0] - largest[:, :, None]) * factor)
     if shares > 4:

@@ -9,7 +9,7 @@ A CTA merges four units, (token, KV head), slot by slot: 4 x 16 rows of partial 
 import functools
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,8 @@ _LOWEST = float(jnp.finfo(jnp.float32).min)
 class TuningConfig:
     """stages: of the ring of partial results, 16 KiB each."""
 
+    CANDIDATES: ClassVar = {"stages": (2, 3, 4, 6, 8)}
+
     stages: int = 4
 
     def __post_init__(self) -> None:
@@ -38,52 +40,59 @@ class TuningConfig:
             raise ValueError(f"stages={self.stages} must be 1 to 8")
 
 
-@functools.partial(jax.jit, static_argnames=("units", "scale", "config", "interpret"))
-def merge_prefill(partials, stats, valid, *, units: int, scale: float, config: TuningConfig, interpret: Any):
+@functools.partial(jax.jit, static_argnames=("units", "top_k", "scale", "config", "interpret"))
+def merge_prefill(
+    partials, stats, places, *, units: int, top_k: int, scale: float, config: TuningConfig, interpret: Any
+):
     """Results [units, G, H] from what `attend_prefill` returns.
 
-    valid: i32[units * C], 0 where a slot was not used: its partial result and stats may hold anything.
+    places: i32[units * C], the place of each slot's partial result, 4 to a tile; -1 where a slot was not used.
     """
-    groups, top_k, _, _ = stats.shape
+    groups = -(-units // _UNITS)
     dtype = partials.dtype
     factor = scale * math.log2(math.e)
     stages = min(config.stages, top_k)
-    valid = jnp.pad(valid, (0, groups * _UNITS * top_k - valid.shape[0]))
-    valid = valid.reshape(groups, _UNITS, top_k).swapaxes(1, 2)
+    places = jnp.pad(places, (0, (groups * _UNITS - units) * top_k), constant_values=-1)
+    places = places.reshape(groups, _UNITS, top_k)
 
     def merge(
         partials_gmem,
         stats_gmem,
-        valid_gmem,
+        places_gmem,
         out_gmem,
         partials_smem,
         stats_smem,
-        valid_smem,
+        places_smem,
         out_smem,
         partials_barrier,
         stats_barrier,
+        places_barrier,
     ):
         group = lax.axis_index("group")
         row_layout = _WGMMA.reduce(1)
-        plgpu.copy_gmem_to_smem(valid_gmem.at[group], valid_smem, stats_barrier)
+        plgpu.copy_gmem_to_smem(places_gmem.at[group], places_smem, places_barrier)
         plgpu.copy_gmem_to_smem(stats_gmem.at[group], stats_smem, stats_barrier)
 
         def load(slot, stage):
             for unit in range(_UNITS):
-                pair = (group * _UNITS + unit) * top_k + slot
+                # An unused slot brings something that nobody looks at.
+                place = jnp.maximum(places_smem[unit, slot], 0)
+                rows = pl.ds(pl.multiple_of(lax.rem(place, jnp.int32(_UNITS)) * GROUP, GROUP), GROUP)
+                partial = partials_gmem.at[lax.div(place, jnp.int32(_UNITS)), rows]
                 where = partials_smem.at[stage, pl.ds(unit * GROUP, GROUP)]
-                plgpu.copy_gmem_to_smem(partials_gmem.at[pair], where, partials_barrier.at[stage])
+                plgpu.copy_gmem_to_smem(partial, where, partials_barrier.at[stage])
 
+        plgpu.barrier_wait(places_barrier)
         for slot in range(stages):
             load(slot, slot)
         plgpu.barrier_wait(stats_barrier)
 
         def is_valid(slot):
             row = plgpu.broadcasted_iota(jnp.int32, (_ROWS,), 0, layout=row_layout)
-            flag = valid_smem[slot, _UNITS - 1]
+            place = places_smem[_UNITS - 1, slot]
             for unit in range(_UNITS - 2, -1, -1):
-                flag = jnp.where(row < (unit + 1) * GROUP, valid_smem[slot, unit], flag)
-            return flag > 0
+                place = jnp.where(row < (unit + 1) * GROUP, places_smem[unit, slot], place)
+            return place >= 0
 
         def stat(slot, which, otherwise):
             return jnp.where(is_valid(slot), plgpu.load(stats_smem.at[slot, which], layout=row_layout), otherwise)
@@ -136,11 +145,12 @@ def merge_prefill(partials, stats, valid, *, units: int, scale: float, config: T
         scratch_types=[
             plgpu.SMEM((stages, _ROWS, DIM), dtype, transforms=_TILE),
             plgpu.SMEM((top_k, 2, _ROWS), jnp.float32),
-            plgpu.SMEM((top_k, _UNITS), jnp.int32),
+            plgpu.SMEM((_UNITS, top_k), jnp.int32),
             plgpu.SMEM((_ROWS, DIM), dtype, transforms=_TILE),
             plgpu.Barrier(num_arrivals=_UNITS, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=2),
+            plgpu.Barrier(),
+            plgpu.Barrier(),
         ],
         compiler_params=plgpu.CompilerParams(approx_math=True),
         **({} if interpret is None else {"interpret": interpret}),
-    )(partials, stats, valid)
+    )(partials, stats, places)

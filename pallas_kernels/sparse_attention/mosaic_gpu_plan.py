@@ -23,7 +23,7 @@ class Plan(NamedTuple):
 
     words: i32[tiles * TILE_PAIRS], pair << LIMIT_BITS | last visible key of its block, -1 where a tile has no
     pair. tile_run: i32[tiles]. run_head, run_page, run_tail: i32[runs]; run_tail is the sequence that ends within
-    the page, or -1. num_tiles: i32[1]. valid: i32[T * K * C], 1 where a pair takes part.
+    the page, or -1. num_tiles: i32[1]. places: i32[T * K * C], where each pair stands in `words`, -1 nowhere.
     """
 
     words: Int32[Array, " 4*tiles"]
@@ -32,7 +32,7 @@ class Plan(NamedTuple):
     run_page: Int32[Array, " runs"]
     run_tail: Int32[Array, " runs"]
     num_tiles: Int32[Array, " 1"]
-    valid: Int32[Array, " pairs"]
+    places: Int32[Array, " pairs"]
 
 
 class Items(NamedTuple):
@@ -120,13 +120,15 @@ def plan(
     place = jnp.where(takes_part, place, max_tiles * TILE_PAIRS)
     words = jnp.full((max_tiles * TILE_PAIRS,), -1, jnp.int32)
     words = words.at[place].set((pair << LIMIT_BITS) | limit[pair], mode="drop", unique_indices=True)
+    places = jnp.zeros((num_pairs,), jnp.int32)
+    places = places.at[pair].set(jnp.where(takes_part, place, -1), unique_indices=True)
 
     keys = jnp.arange(num_keys, dtype=jnp.int32)
     run_of_key = jnp.cumsum((counts > 0).astype(jnp.int32)) - 1
     run = jnp.where(counts > 0, run_of_key, num_runs)
     key_of_run = jnp.zeros((num_runs,), jnp.int32).at[run].set(keys, mode="drop")
-    begins = jnp.zeros((max_tiles,), jnp.int32).at[jnp.where(counts > 0, first_tiles, max_tiles)].set(1, mode="drop")
-    tile_run = jnp.cumsum(begins) - 1
+    # By every pair of a tile, with one value: a cumulative sum over the tiles is four kernels.
+    tile_run = jnp.zeros((max_tiles,), jnp.int32).at[place // TILE_PAIRS].set(run_of_key[of], mode="drop")
     item_of_run = key_of_run % num_items
     return Plan(
         words=words,
@@ -135,7 +137,7 @@ def plan(
         run_page=items.page[item_of_run],
         run_tail=items.tail[item_of_run],
         num_tiles=ends[-1:],
-        valid=used.astype(jnp.int32).reshape(-1),
+        places=places,
     )
 
 

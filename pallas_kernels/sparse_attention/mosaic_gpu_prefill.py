@@ -42,7 +42,7 @@ class TuningConfig:
             raise ValueError(f"ctas={self.ctas} must be at least 1")
 
 
-@functools.partial(jax.jit, static_argnames=("first_token", "num_tokens", "top_k", "scale", "config", "interpret"))
+@functools.partial(jax.jit, static_argnames=("first_token", "top_k", "scale", "config", "interpret"))
 def attend_prefill(
     q,
     k,
@@ -51,22 +51,20 @@ def attend_prefill(
     plan: Plan,
     *,
     first_token: int,
-    num_tokens: int,
     top_k: int,
     scale: float,
     config: TuningConfig,
     interpret: Any,
 ):
-    """Partial results of the pairs of tokens first_token to first_token + num_tokens - 1.
+    """Partial results of the pairs of a plan of the tokens from first_token on.
 
     q [T, K, G, H]; k, v [P, K, S, H]; tails [B, K, S, H], the last page of each sequence without its unused slots.
-    Returns partials [units * C, G, H] and stats f32[units / 4, C, 2, 4 * G] of the softmax of scale * log2(e) *
-    logits, where a unit is a (token, KV head) and their number is rounded up to 4. What belongs to no pair of
-    the plan is left unwritten.
+    Returns partials [tiles, 4 * G, H], and f32[units / 4, C, 2, 4 * G], the maximum of each pair's logits and the
+    sum of exp2(scale * log2(e) * (logits - maximum)), where a unit is a (token, KV head) and their number is
+    rounded up to 4. What belongs to no pair of the plan holds anything.
     """
     kv_heads = k.shape[1]
-    units = num_tokens * kv_heads
-    groups = -(-units // TILE_PAIRS)
+    groups = -(-plan.places.shape[0] // (top_k * TILE_PAIRS))
     max_tiles, max_runs = plan.tile_run.shape[0], plan.run_page.shape[0]
     factor = scale * math.log2(math.e)
     dtype = q.dtype
@@ -250,20 +248,20 @@ def attend_prefill(
                 stats_smem.at[wg, 0][...] = largest
                 stats_smem.at[wg, 1][...] = total
                 plgpu.commit_smem()
+                number = first + wg + i * _WARPGROUPS
+                plgpu.copy_smem_to_gmem(q_smem.at[wg, slot], out_gmem.at[number], commit_group=False)
                 for r, word in enumerate(words):
 
                     @pl.when(word >= 0)
                     def _(r=r, word=word):
-                        rows = pl.ds(r * GROUP, GROUP)
                         pair = lax.shift_right_logical(word, jnp.int32(LIMIT_BITS))
                         unit = lax.div(pair, jnp.int32(top_k))
                         group = lax.div(unit, jnp.int32(TILE_PAIRS))
                         columns = pl.ds(lax.rem(unit, jnp.int32(TILE_PAIRS)) * GROUP, GROUP)
-                        store = functools.partial(plgpu.copy_smem_to_gmem, commit_group=False)
-                        store(q_smem.at[wg, slot, rows], out_gmem.at[pair])
                         for stat in range(2):
                             where = stats_gmem.at[group, pair - unit * top_k, stat, columns]
-                            store(stats_smem.at[wg, stat, rows], where)
+                            rows = stats_smem.at[wg, stat, pl.ds(r * GROUP, GROUP)]
+                            plgpu.copy_smem_to_gmem(rows, where, commit_group=False)
 
                 plgpu.commit_smem_to_gmem_group()
                 return this_run, next_tile, after_next
@@ -290,7 +288,7 @@ def attend_prefill(
     return plgpu.kernel(
         attend,
         out_type=[
-            jax.ShapeDtypeStruct((groups * TILE_PAIRS * top_k, GROUP, DIM), dtype),
+            jax.ShapeDtypeStruct((max_tiles, _ROWS, DIM), dtype),
             jax.ShapeDtypeStruct((groups, top_k, 2, _ROWS), jnp.float32),
         ],
         grid=(config.ctas,),

@@ -36,6 +36,7 @@ class Bucket:
     init_blocks: int = 0
     local_blocks: int = 1
     dtype: str = "bfloat16"
+    impl: str = "mosaic_gpu"
 
     def __str__(self) -> str:
         return f"{self.kind}-B{self.sequences}-T{self.tokens}-M{self.table_width}-P{self.pages}-K{self.kv_heads}"
@@ -141,9 +142,9 @@ def run_and_compare(bucket: Bucket, exact: bool, seed, table, filled, lengths, p
     args = (index_q, index_k, table, *lengths)
     score, choose = INDEX[f"index_score_{bucket.kind}"], INDEX[f"index_topk_{bucket.kind}"]
     attend = ATTENTION[f"sparse_attention_{bucket.kind}"]
-    ids = choose(*args, impl="mosaic_gpu", **bucket.choice)
+    ids = choose(*args, impl=bucket.impl, **bucket.choice)
     expected_ids = choose(*args, impl="reference", **bucket.choice)
-    scores, expected_scores = score(*args, impl="mosaic_gpu"), score(*args, impl="reference")
+    scores, expected_scores = score(*args, impl=bucket.impl), score(*args, impl="reference")
     visible = jnp.isfinite(expected_scores)
     largest = jnp.max(jnp.where(visible, jnp.abs(expected_scores), 0), initial=1e-6)
 
@@ -155,7 +156,7 @@ def run_and_compare(bucket: Bucket, exact: bool, seed, table, filled, lengths, p
     some_ids = jax.random.permutation(keys[5], expected_ids, axis=2, independent=True)
     scale = DIM**-0.5
     attention_args = (some_ids, table, *lengths)
-    out = attend(q, k, v, *attention_args, scale=scale, impl="mosaic_gpu")
+    out = attend(q, k, v, *attention_args, scale=scale, impl=bucket.impl)
     wide = (x.astype(jnp.float32) for x in (q, k, v))
     expected = attend(*wide, *attention_args, scale=scale, impl="reference")
     error = jnp.linalg.norm(out.astype(jnp.float32) - expected)

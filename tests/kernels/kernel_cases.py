@@ -162,6 +162,10 @@ def at_kernel_sizes(case: Case) -> Case:
     return replace(case, name=f"{case.name}-128", lens=lens, sizes=large)
 
 
+def _with_group(case: Case, group: int) -> Case:
+    return replace(case, sizes=replace(case.sizes, group=group))
+
+
 KERNEL_CASES = (
     # float32 becomes bfloat16, so the cases that differ in that alone are there already.
     *(
@@ -171,6 +175,11 @@ KERNEL_CASES = (
     ),
     at_kernel_sizes(Case("top-32", _MIXED, Sizes(num_kv_heads=3, top_k=32, local_blocks=2), num_queries=8)),
     at_kernel_sizes(Case("four-heads", _MIXED, Sizes(num_kv_heads=3, top_k=16), num_queries=5)),
+    # Fewer heads a KV head, as one of several devices has.
+    *(
+        _with_group(at_kernel_sizes(Case(f"group-{group}", _MIXED, Sizes(num_kv_heads=1), num_queries=2)), group)
+        for group in (1, 3, 8)
+    ),
     # More blocks than any kernel holds in registers at once.
     at_kernel_sizes(
         Case(
@@ -318,6 +327,12 @@ def random_choice(batch: Batch, seed: int = 1) -> np.ndarray:
             count = rng.integers(0, min(sizes.top_k, num_visible) + 1)
             ids[row, head, :count] = rng.permutation(num_visible)[:count]
     return ids
+
+
+def every_block(batch: Batch) -> np.ndarray:
+    """All blocks of the table: what a row does not see of them is masked."""
+    shape = (len(batch.position), batch.sizes.num_kv_heads, batch.block_table.shape[1])
+    return np.broadcast_to(np.arange(shape[-1], dtype=np.int32), shape)
 
 
 def _cu_seqlens(case: Case, new: np.ndarray) -> np.ndarray:

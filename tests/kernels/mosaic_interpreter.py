@@ -7,15 +7,22 @@ NPROC must be in the environment before jax is imported: the interpreter wants a
 
 import functools
 import sys
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
+import norm_rope_cases
 import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from kernel_cases import TOLERANCES, Batch, Case, Sizes, make_batch, random_choice
+from kernel_cases import TOLERANCES, Batch, Case, Sizes, every_block, make_batch, random_choice
 
+from pallas_kernels.index_topk import merge_candidates
 from pallas_kernels.index_topk import mosaic_gpu as index
 from pallas_kernels.index_topk import mosaic_gpu_choose as choosing
+from pallas_kernels.index_topk import mosaic_gpu_choose_prefill as choosing_prefill
+from pallas_kernels.index_topk.shares import Shares
+from pallas_kernels.norm_rope_cache import mosaic_gpu as norm_rope
+from pallas_kernels.paged_attention import mosaic_gpu as paged
 from pallas_kernels.sparse_attention import mosaic_gpu as attention
 
 RACES = plgpu.InterpretGPUParams(detect_races=True)
@@ -51,14 +58,31 @@ def index_decode() -> None:
 
 def index_prefill() -> None:
     batch = make_batch(CASE, decode=False)
-    choose = functools.partial(index._topk_prefill, **batch.sizes.choice, interpret=RACES)
-    np.testing.assert_array_equal(jax.jit(choose)(*batch.index_args), batch.choice())
+    score = functools.partial(index._score_prefill, interpret=RACES)
+    np.testing.assert_array_equal(jax.jit(score)(*batch.index_args), batch.scores())
+    # Windows of one CTA and windows of several.
+    for config in (choosing_prefill.TuningConfig(2), choosing_prefill.TuningConfig(5, turns=1)):
+        choose = functools.partial(index._topk_prefill, **batch.sizes.choice, config=config, interpret=RACES)
+        np.testing.assert_array_equal(jax.jit(choose)(*batch.index_args), batch.choice())
+
+
+def index_candidates() -> None:
+    """Shares of which some hold nothing; without local blocks, and with one block that all rows want."""
+    sizes = replace(SIZES, init_blocks=1, local_blocks=0)
+    for decode in (True, False):
+        batch = make_batch(replace(CASE, sizes=sizes, data="ties"), decode=decode)
+        run = index._candidates_decode if decode else index._candidates_prefill
+        options = {} if decode else {"config": choosing_prefill.TuningConfig(3)}
+        find = functools.partial(run, num_shares=3, **sizes.choice, **options, interpret=RACES)
+        find = jax.jit(find)
+        found = jnp.stack([find(*batch.index_args, jnp.int32(share)) for share in range(3)])
+        np.testing.assert_array_equal(merge_candidates(found), batch.choice())
 
 
 def choose_special_scores() -> None:
-    """Every way through the choice: ties, zeros of both signs, infinities, NaN; one chunk, several, and spread ones.
+    """Every way through the choice: ties, zeros of both signs, infinities, NaN; one warpgroup, several, several CTAs.
 
-    In the last column the best are all a single lane's, more than it keeps.
+    In the last column the best are all a single lane's.
     """
     blocks, columns = 256, 8
     rng = np.random.default_rng(0)
@@ -68,20 +92,16 @@ def choose_special_scores() -> None:
     scores[:, :, -1] = np.minimum(scores[:, :, -1], 5e37)
     positions = np.array([255 * 128 + 5, -1], np.int32)
     ordered = np.nan_to_num(np.where(np.isnan(scores), -np.inf, scores))
-    for config, spread in (
-        (choosing.TuningConfig(256, 1), False),
-        (choosing.TuningConfig(64, 2), False),
-        (choosing.TuningConfig(64, 1), True),
-    ):
-        choice = choosing.Choice(4, columns, blocks, 8, init_blocks=1, local_blocks=2)
+    for config in (choosing.TuningConfig(256, 1), choosing.TuningConfig(64, 4), choosing.TuningConfig(32, 2)):
+        choice = choosing.Choice(4, columns, Shares(blocks), 8, init_blocks=1, local_blocks=2)
         got = np.asarray(
             choosing.choose(
                 jnp.asarray(scores),
                 jnp.asarray(positions),
+                jnp.zeros((1,), jnp.int32),
                 choice=choice,
-                spread=spread,
                 config=config,
-                interpret=plgpu.InterpretGPUParams(),
+                interpret=RACES,
             )
         )
         for slab, position in enumerate(positions):
@@ -102,6 +122,22 @@ def attention_decode() -> None:
     check_attention(batch, jax.jit(attend)(*args), block_ids)
 
 
+def norm_rope_cache() -> None:
+    for case in norm_rope_cases.CASES:
+        if case.head_dim == 128:
+            run = jax.jit(functools.partial(norm_rope._run, eps=norm_rope_cases.EPS, interpret=RACES))
+            norm_rope_cases.check(case, run(*norm_rope_cases.make_arguments(case)))
+
+
+def paged_attention_decode() -> None:
+    """Eight heads a KV head, as one of eight devices has; more shares than some rows have blocks."""
+    batch = make_batch(replace(CASE, sizes=replace(SIZES, group=8)), decode=True)
+    block_ids = every_block(batch)
+    q, k, v, _, *lengths = batch.attention_args(block_ids)
+    attend = functools.partial(paged._decode, scale=batch.scale, interpret=RACES)
+    check_attention(batch, jax.jit(attend)(q, k, v, *lengths), block_ids)
+
+
 def attention_prefill() -> None:
     batch = make_batch(CASE, decode=False)
     block_ids = batch.choice()
@@ -112,7 +148,16 @@ def attention_prefill() -> None:
 
 CHECKS = {
     check.__name__: check
-    for check in (index_decode, index_prefill, choose_special_scores, attention_decode, attention_prefill)
+    for check in (
+        index_decode,
+        index_prefill,
+        index_candidates,
+        choose_special_scores,
+        attention_decode,
+        norm_rope_cache,
+        paged_attention_decode,
+        attention_prefill,
+    )
 }
 
 if __name__ == "__main__":

@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-CHECKS = ("index_decode", "index_prefill", "choose_special_scores", "attention_decode", "attention_prefill")
+CHECKS = (
+    "index_decode",
+    "index_prefill",
+    "index_candidates",
+    "choose_special_scores",
+    "attention_decode",
+    "norm_rope_cache",
+    "paged_attention_decode",
+    "attention_prefill",
+)
 
 
 @pytest.mark.parametrize("check", CHECKS)

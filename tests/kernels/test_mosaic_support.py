@@ -42,7 +42,7 @@ def test_index_sizes(reason: str, sizes: dict):
 @pytest.mark.parametrize(
     ("reason", "sizes"),
     [
-        ("8 query heads share a KV head, not 16", {"heads": 32}),
+        ("24 query heads share a KV head, more than 16", {"heads": 96}),
         ("there are 5 chosen blocks, not one of 4, 8, 16, 32", {"top_k": 5}),
     ],
 )

@@ -30,7 +30,9 @@ STATIC = {*CHOICE, "scale", "impl"}
 
 def call(name: str, **changed):
     """Trace the operation with valid arguments, but for those that are changed."""
-    arguments = dict(ATTENTION if name.startswith("sparse") else INDEX)
+    arguments = dict(INDEX if name.startswith("index") else ATTENTION)
+    if name.startswith("paged"):
+        del arguments["block_ids"]
     if name.startswith("index_topk"):
         arguments |= CHOICE
     arguments |= LENGTHS if name.endswith("prefill") else {"seq_lens": LENGTHS["seq_lens"]}
@@ -40,20 +42,24 @@ def call(name: str, **changed):
     return jax.eval_shape(lambda traced: getattr(pallas_kernels, name)(**traced, **static), traced)
 
 
-INDEX_OPS = [name for name in pallas_kernels.__all__ if name.startswith("index")]
+# Those over pages with the arguments above; the others' are beside the tests of their results.
+OPS = [name for name in pallas_kernels.__all__ if name.startswith(("index_score", "index_topk", "sparse", "paged"))]
+INDEX_OPS = [name for name in OPS if name.startswith("index")]
 TOPK_OPS = [name for name in INDEX_OPS if "topk" in name]
-ATTENTION_OPS = [name for name in pallas_kernels.__all__ if name.startswith("sparse")]
-PREFILL_OPS = [name for name in pallas_kernels.__all__ if name.endswith("prefill")]
-DECODE_OPS = [name for name in pallas_kernels.__all__ if name.endswith("decode")]
+SPARSE_OPS = [name for name in OPS if name.startswith("sparse")]
+ATTENTION_OPS = [name for name in OPS if "attention" in name]
+PREFILL_OPS = [name for name in OPS if name.endswith("prefill")]
+DECODE_OPS = [name for name in OPS if name.endswith("decode")]
 
 
-@pytest.mark.parametrize("name", pallas_kernels.__all__)
+@pytest.mark.parametrize("name", OPS)
 def test_valid_arguments_are_accepted(name: str):
     result = call(name)
     shape, dtype = {
         "index_score": ((T, K, M), F32),
         "index_topk": ((T, K, C), I32),
         "sparse_attention": ((T, K * G, H), F32),
+        "paged_attention": ((T, K * G, H), F32),
     }[name.rsplit("_", 1)[0]]
     assert (result.shape, result.dtype) == (shape, dtype)
 
@@ -70,14 +76,14 @@ BAD = [
     (ATTENTION_OPS, "k", array(jnp.float8_e4m3fn, P, K, S, H), TypeError, r"k has dtype float8_e4m3fn"),
     (ATTENTION_OPS, "v", array(F32, P, S, K, H), ValueError, r"v has shape .* K .* must be 2, as in k"),
     (ATTENTION_OPS, "v", array(jnp.bfloat16, P, K, S, H), TypeError, r"q has dtype float32.* that of v"),
-    (ATTENTION_OPS, "block_ids", array(I32, T, K + 1, C), ValueError, r"block_ids .* K .* must be 2"),
-    (ATTENTION_OPS, "block_ids", array(I32, T + 1, K, C), ValueError, r"block_ids .* T .* must be 12, as in q"),
-    (ATTENTION_OPS, "block_ids", array(jnp.uint32, T, K, C), TypeError, r"block_ids .* uint32, .* int32"),
-    (pallas_kernels.__all__, "block_table", array(I32, B + 1, M), ValueError, r"seq_lens .* B .* must be 4"),
-    (pallas_kernels.__all__, "block_table", array(I32, B), ValueError, r"block_table .* 2 axes: \[B M\]"),
-    (pallas_kernels.__all__, "block_table", array(jnp.int16, B, M), TypeError, r"block_table .* int16, .* int32"),
-    (pallas_kernels.__all__, "seq_lens", array(F32, B), TypeError, r"seq_lens .* float32, which must be int32"),
-    (pallas_kernels.__all__, "impl", "fast", ValueError, r"impl='fast' must be None or one of .*reference"),
+    (SPARSE_OPS, "block_ids", array(I32, T, K + 1, C), ValueError, r"block_ids .* K .* must be 2"),
+    (SPARSE_OPS, "block_ids", array(I32, T + 1, K, C), ValueError, r"block_ids .* T .* must be 12, as in q"),
+    (SPARSE_OPS, "block_ids", array(jnp.uint32, T, K, C), TypeError, r"block_ids .* uint32, .* int32"),
+    (OPS, "block_table", array(I32, B + 1, M), ValueError, r"seq_lens .* B .* must be 4"),
+    (OPS, "block_table", array(I32, B), ValueError, r"block_table .* 2 axes: \[B M\]"),
+    (OPS, "block_table", array(jnp.int16, B, M), TypeError, r"block_table .* int16, .* int32"),
+    (OPS, "seq_lens", array(F32, B), TypeError, r"seq_lens .* float32, which must be int32"),
+    (OPS, "impl", "fast", ValueError, r"impl='fast' must be None or one of .*reference"),
     (PREFILL_OPS, "cu_seqlens", array(I32, B), ValueError, r"cu_seqlens .* B\+1 .* must be 4"),
     (PREFILL_OPS, "cu_seqlens", array(jnp.uint8, B + 1), TypeError, r"cu_seqlens .* uint8"),
     (PREFILL_OPS, "context_lens", array(I32, B + 1), ValueError, r"context_lens .* B .* must be 3"),
@@ -105,11 +111,9 @@ def test_bad_arguments_are_refused(name: str, argument: str, value, error: type[
 
 @pytest.mark.parametrize("name", DECODE_OPS)
 def test_rows_of_a_decode_call_are_a_multiple_of_sequences(name: str):
-    changed = (
-        {"q": array(F32, T + 1, K * G, H), "block_ids": array(I32, T + 1, K, C)}
-        if name in ATTENTION_OPS
-        else {"index_q": array(F32, T + 1, K, I)}
-    )
+    changed = {"q": array(F32, T + 1, K * G, H)} if name in ATTENTION_OPS else {"index_q": array(F32, T + 1, K, I)}
+    if name in SPARSE_OPS:
+        changed["block_ids"] = array(I32, T + 1, K, C)
     with pytest.raises(ValueError, match=r"q has T=13 rows, which must be a multiple of B=3 sequences"):
         call(name, **changed)
 

@@ -1,0 +1,398 @@
+"""Scores and choice of a prefill call on Hopper in one go: the scores never reach memory.
+
+The blocks that all windows see are dealt to the CTAs in equal, contiguous parts, so that a CTA works on the end of one
+window, then on whole ones, then on the beginning of another; what it does for one window is a piece. Two warpgroups
+of 128 (token, head) rows each multiply with the pages that a third one brings into a ring of shared memory. Each
+thread keeps the best blocks of one row in registers, in order: a list, into which a page's largest product is sorted.
+A second kernel merges the pieces of each window.
+"""
+
+# jax does not export every name of Mosaic GPU, and calls its transforms abstract.
+# pyright: reportPrivateImportUsage=false, reportAbstractUsage=false
+
+import functools
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.hopper import DIM, PAGE_SIZE
+from pallas_kernels.index_topk import keys
+from pallas_kernels.index_topk.mosaic_gpu_lists import insert, merge
+from pallas_kernels.index_topk.mosaic_gpu_score_prefill import ALIGNMENT, WIDTH
+from pallas_kernels.index_topk.shares import Shares
+
+_TILE = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+_WARPGROUPS = 2
+_ROWS = WIDTH // _WARPGROUPS
+# A thread has one row.
+_LAYOUT = plgpu.Layout.WG_STRIDED((_ROWS,), vec_size=1)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is chosen of a share's blocks for each (token, head) row.
+
+    with_keys: return candidates (keys and numbers) instead of the numbers alone.
+    """
+
+    shares: Shares
+    top_k: int
+    init_blocks: int
+    local_blocks: int
+    with_keys: bool = False
+
+
+@dataclass(frozen=True)
+class TuningConfig:
+    """ctas: of the whole kernel, one for each SM. stages: of the ring of pages, 32 KiB each.
+
+    turns: 1 if the warpgroups take turns to multiply, so that each chooses while the other multiplies; with 0 they may
+    both multiply, at half the speed, and then both choose.
+    """
+
+    CANDIDATES: ClassVar = {"stages": (2, 3), "turns": (0, 1)}
+
+    ctas: int = 132
+    stages: int = 3
+    turns: int = 0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.stages <= 3:
+            raise ValueError(f"stages={self.stages} must be 1 to 3")
+        if self.ctas < 1:
+            raise ValueError(f"ctas={self.ctas} must be at least 1")
+        if self.turns not in (0, 1):
+            raise ValueError(f"turns={self.turns} must be 0 or 1")
+
+
+def choose_prefill(
+    index_q,
+    index_k,
+    block_table,
+    sequence,
+    first_row,
+    first_position,
+    blocks,
+    share,
+    *,
+    choice: Choice,
+    config: TuningConfig,
+    interpret: Any,
+):
+    """Choose for columns (token, head) of windows: i32[windows, 1 or 2, top_k, WIDTH], keys first if wanted.
+
+    sequence, first_row, first_position, blocks: i32[windows]; first_row * K is a multiple of ALIGNMENT, and `blocks`
+    counts those that the window sees. share: i32[1]. Windows without blocks, and rows that are not a window's own,
+    hold anything.
+    """
+    counts = choice.shares.count(blocks, choice.shares.of(share))
+    window = jnp.arange(blocks.shape[0], dtype=jnp.int32)
+    # By comparisons, in one reduction; a running sum of many is quicker in several steps.
+    if window.shape[0] <= 2048:
+        ends = jnp.sum(jnp.where(window <= window[:, None], counts, 0), axis=1, dtype=jnp.int32)
+    else:
+        ends = jnp.cumsum(counts, dtype=jnp.int32)
+    first_steps = _first_step(jnp.arange(config.ctas, dtype=jnp.int32), ends[-1], config.ctas)
+    first_windows = jnp.sum(jnp.where(ends <= first_steps[:, None], 1, 0), axis=1, dtype=jnp.int32)
+    pieces = _choose_pieces(
+        index_q,
+        index_k,
+        block_table,
+        sequence,
+        first_row,
+        first_position,
+        ends,
+        first_windows,
+        share,
+        choice=choice,
+        config=config,
+        interpret=interpret,
+    )
+    return _merge_pieces(pieces, ends, choice=choice, ctas=config.ctas, interpret=interpret)
+
+
+def _first_step(cta, total, ctas: int):
+    """First of the `total` steps that a CTA makes: as many as the others, or one more."""
+    each, more = lax.div(total, jnp.int32(ctas)), lax.rem(total, jnp.int32(ctas))
+    return cta * each + jnp.minimum(cta, more)
+
+
+def _cta_of(step, total, ctas: int):
+    """The CTA that makes a step."""
+    each, more = lax.div(total, jnp.int32(ctas)), lax.rem(total, jnp.int32(ctas))
+    one_more = more * (each + 1)
+    late = more + lax.div(step - one_more, jnp.maximum(each, 1))
+    return jnp.where(step < one_more, lax.div(step, each + 1), late)
+
+
+def _full(value: int):
+    return plgpu.layout_cast(jnp.full((_ROWS,), value, jnp.int32), _LAYOUT)
+
+
+def _nothing(top_k: int):
+    return (_full(keys.INVISIBLE),) * top_k, (_full(-1),) * top_k
+
+
+@functools.partial(jax.jit, static_argnames=("choice", "config", "interpret"))
+def _choose_pieces(
+    index_q,
+    index_k,
+    block_table,
+    sequence,
+    first_row,
+    first_position,
+    ends,
+    first_windows,
+    share,
+    *,
+    choice: Choice,
+    config: TuningConfig,
+    interpret: Any,
+):
+    """Lists of the pieces, i32[windows + ctas, 2, top_k, WIDTH]: keys and numbers of a share's blocks.
+
+    ends: i32[windows], steps (blocks) of all windows up to each. first_windows: i32[ctas], that of a CTA's first step.
+    The piece of window w by CTA c is number w + c, which no other is, since from one piece to the next either grows.
+    """
+    num_rows, num_heads, _ = index_q.shape
+    num_pages = index_k.shape[0]
+    num_windows = sequence.shape[0]
+    ctas, stages = config.ctas, config.stages
+    shares, top_k = choice.shares, choice.top_k
+
+    def choose_pieces(
+        q_gmem,
+        k_gmem,
+        table_gmem,
+        sequence_gmem,
+        row_gmem,
+        position_gmem,
+        ends_gmem,
+        first_windows_gmem,
+        share_gmem,
+        out_gmem,
+        q_smem,
+        k_smem,
+        largest_smem,
+        q_barrier,
+        k_barrier,
+        q_free,
+        k_free,
+        turn,
+    ):
+        wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
+        share = shares.of(share_gmem)
+        total = ends_gmem[num_windows - 1]
+        first, last = _first_step(cta, total, ctas), _first_step(cta + 1, total, ctas)
+        first_window = jnp.minimum(first_windows_gmem[cta], num_windows - 1)
+        start = jnp.where(first_window > 0, ends_gmem[jnp.maximum(first_window - 1, 0)], 0)
+
+        def over_pieces(work, *about):
+            """work(number of the piece, window, first block, steps before, steps, *about[window]) for each piece.
+
+            Returns their number. What is to be known of a window is read one piece ahead.
+            """
+
+            def read(window):
+                window = jnp.minimum(window, num_windows - 1)
+                return tuple(ref[window] for ref in (ends_gmem, *about))
+
+            def go_on(state):
+                return state[0] < last
+
+            def piece(state):
+                step, first_block, window, number, known = state
+                following = read(window + 1)
+                end = jnp.minimum(known[0], last)
+                # A window may have no block of this share.
+                pl.when(end > step)(lambda: work(number, window, first_block, step - first, end - step, *known[1:]))
+                return end, jnp.int32(0), window + 1, number + jnp.where(end > step, 1, 0), following
+
+            state = (first, first - start, first_window, jnp.int32(0), read(first_window))
+            return lax.while_loop(go_on, piece, state)[3]
+
+        @pl.when(wg == _WARPGROUPS)
+        def _produce():
+            plgpu.set_max_registers(40, action="decrease")
+
+            def load(number, _, first_block, done, count, sequence, row):
+                slot = lax.rem(number, jnp.int32(2))
+
+                @pl.when(number >= 2)
+                def _():
+                    plgpu.barrier_wait(q_free.at[slot])
+
+                first_column = pl.multiple_of(row * num_heads, ALIGNMENT)
+                for half in range(_WARPGROUPS):
+                    where = pl.ds(first_column + half * _ROWS, _ROWS)
+                    plgpu.copy_gmem_to_smem(q_gmem.at[where], q_smem.at[slot, half], q_barrier.at[slot])
+
+                def step(i, _):
+                    slot = lax.rem(done + i, jnp.int32(stages))
+
+                    @pl.when(done + i >= stages)
+                    def _():
+                        plgpu.barrier_wait(k_free.at[slot])
+
+                    page = table_gmem[sequence, shares.block(first_block + i, share)]
+                    page = jnp.clip(page, 0, num_pages - 1)
+                    plgpu.copy_gmem_to_smem(k_gmem.at[page], k_smem.at[slot], k_barrier.at[slot])
+
+                lax.fori_loop(0, count, step, None)
+
+            pieces = over_pieces(load, sequence_gmem, row_gmem)
+
+            # Every completion of a barrier has to be awaited.
+            def drain_pages(i, _):
+                plgpu.barrier_wait(k_free.at[lax.rem(i, jnp.int32(stages))])
+
+            def drain_queries(i, _):
+                plgpu.barrier_wait(q_free.at[lax.rem(i, jnp.int32(2))])
+
+            lax.fori_loop(jnp.maximum(last - first - stages, 0), last - first, drain_pages, None)
+            lax.fori_loop(jnp.maximum(pieces - 2, 0), pieces, drain_queries, None)
+
+        @pl.when(wg < _WARPGROUPS)
+        def _consume():
+            plgpu.set_max_registers(232, action="increase")
+            row = plgpu.broadcasted_iota(jnp.int32, (_ROWS,), 0, layout=_LAYOUT)
+            token = lax.div(row + wg * _ROWS, jnp.int32(num_heads))
+
+            def score(number, window, first_block, done, count, first_token):
+                q_slot = lax.rem(number, jnp.int32(2))
+                position = token + first_token
+                # Rounded down: negative, so that nothing is visible, where the position is.
+                own = lax.shift_right_arithmetic(position, jnp.int32(PAGE_SIZE.bit_length() - 1))
+                own = jnp.minimum(own, shares.table_width - 1)
+                plgpu.barrier_wait(q_barrier.at[q_slot])
+
+                def step(i, best):
+                    slot = lax.rem(done + i, jnp.int32(stages))
+                    block = shares.block(first_block + i, share)
+                    plgpu.barrier_wait(k_barrier.at[slot])
+
+                    def multiply(acc):
+                        if not config.turns:
+                            plgpu.wgmma(acc, q_smem.at[q_slot, wg], k_smem.at[slot].T)
+                            return acc[...]
+                        plgpu.barrier_wait(turn.at[wg])
+                        for half in range(2):
+                            channels = pl.ds(half * (DIM // 2), DIM // 2)
+                            plgpu.wgmma(acc, q_smem.at[q_slot, wg, :, channels], k_smem.at[slot, :, channels].T)
+                        # The other starts while the second half is under way, so that the tensor cores do not wait.
+                        plgpu.wgmma_wait(1)
+                        plgpu.barrier_arrive(turn.at[1 - wg])
+                        return acc[...]
+
+                    dots = pl.run_scoped(multiply, plgpu.ACC((_ROWS, PAGE_SIZE), jnp.float32))
+                    plgpu.barrier_arrive(k_free.at[slot])
+                    if choice.local_blocks == 0:
+                        # A row sees its own block in part, and its score counts.
+                        first_seen = first_token + lax.div(wg * _ROWS, jnp.int32(num_heads)) - block * PAGE_SIZE
+
+                        def mask(dots):
+                            row = plgpu.broadcasted_iota(jnp.int32, dots.shape, 0, layout=plgpu.Layout.WGMMA)
+                            key = plgpu.broadcasted_iota(jnp.int32, dots.shape, 1, layout=plgpu.Layout.WGMMA)
+                            seen = key <= first_seen + lax.div(row, jnp.int32(num_heads))
+                            return jnp.where(seen, dots, -jnp.inf)
+
+                        dots = lax.cond(first_seen < PAGE_SIZE - 1, mask, lambda dots: dots, dots)
+                    largest_smem.at[wg][...] = dots.max(axis=1)
+                    key = keys.keys_of(plgpu.load(largest_smem.at[wg], layout=_LAYOUT, optimized=False))
+                    forced = own - block < choice.local_blocks
+                    if choice.init_blocks:
+                        forced = jnp.logical_or(forced, _full(0) + block < choice.init_blocks)
+                    key = jnp.where(forced, jnp.int32(keys.FORCED), key)
+                    key = jnp.where(own - block >= 0, key, jnp.int32(keys.INVISIBLE))
+                    return insert(best, key, _full(0) + block, top_k)
+
+                found = lax.fori_loop(0, count, step, _nothing(top_k))
+                plgpu.barrier_arrive(q_free.at[q_slot])
+                for part, values in enumerate(found):
+                    for j, value in enumerate(values):
+                        out_gmem[window + cta, part, j, pl.ds(wg * _ROWS, _ROWS)] = value
+
+            if config.turns:
+                pl.when(wg == 1)(lambda: plgpu.barrier_arrive(turn.at[0]))
+            over_pieces(score, position_gmem)
+            if config.turns:
+                pl.when(wg == 0)(lambda: plgpu.barrier_wait(turn.at[0]))
+
+    dtype = index_k.dtype
+    return plgpu.kernel(
+        choose_pieces,
+        out_type=jax.ShapeDtypeStruct((num_windows + ctas, 2, top_k, WIDTH), jnp.int32),
+        grid=(ctas,),
+        grid_names=("cta",),
+        num_threads=_WARPGROUPS + 1,
+        thread_name="wg",
+        scratch_types=[
+            plgpu.SMEM((2, _WARPGROUPS, _ROWS, DIM), dtype, transforms=_TILE),
+            plgpu.SMEM((stages, PAGE_SIZE, DIM), dtype, transforms=_TILE),
+            plgpu.SMEM((_WARPGROUPS, _ROWS), jnp.float32),
+            plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=2),
+            plgpu.Barrier(num_barriers=stages),
+            plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=2),
+            plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=stages),
+            plgpu.Barrier(num_barriers=_WARPGROUPS),
+        ],
+        compiler_params=plgpu.CompilerParams(reduction_scratch_bytes=0),
+        **({} if interpret is None else {"interpret": interpret}),
+    )(
+        index_q.reshape(num_rows * num_heads, DIM),
+        index_k,
+        block_table,
+        sequence,
+        first_row,
+        first_position,
+        ends,
+        first_windows,
+        share,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("choice", "ctas", "interpret"))
+def _merge_pieces(pieces, ends, *, choice: Choice, ctas: int, interpret: Any):
+    """The best of each window's pieces: i32[windows, 1 or 2, top_k, WIDTH]."""
+    num_windows, top_k = ends.shape[0], choice.top_k
+
+    def merge_pieces(pieces_gmem, ends_gmem, out_gmem):
+        window = lax.axis_index("window")
+        columns = pl.ds(lax.axis_index("half") * _ROWS, _ROWS)
+        total = ends_gmem[num_windows - 1]
+        start = jnp.where(window > 0, ends_gmem[jnp.maximum(window - 1, 0)], 0)
+        end = ends_gmem[window]
+
+        def load(piece, part, j):
+            return plgpu.load(pieces_gmem.at[piece, part, j, columns], layout=_LAYOUT, optimized=False)
+
+        def write(best):
+            for part, values in enumerate(best if choice.with_keys else best[1:]):
+                for j, value in enumerate(values):
+                    out_gmem[window, part, j, columns] = value
+
+        @pl.when(end > start)
+        def _():
+            first, last = _cta_of(start, total, ctas), _cta_of(end - 1, total, ctas)
+
+            def found(cta):
+                return tuple(tuple(load(window + cta, part, j) for j in range(top_k)) for part in range(2))
+
+            write(lax.fori_loop(first + 1, last + 1, lambda cta, best: merge(best, found(cta)), found(first)))
+
+        @pl.when(end == start)
+        def _():
+            write(_nothing(top_k))
+
+    return plgpu.kernel(
+        merge_pieces,
+        out_type=jax.ShapeDtypeStruct((num_windows, 1 + choice.with_keys, top_k, WIDTH), jnp.int32),
+        grid=(num_windows, _WARPGROUPS),
+        grid_names=("window", "half"),
+        **({} if interpret is None else {"interpret": interpret}),
+    )(pieces, ends)
