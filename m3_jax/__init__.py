@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from m3_jax.generation import generate as generate
     from m3_jax.loading import load as load
     from m3_jax.model import M3ForCausalLM as M3ForCausalLM
+    from m3_jax.random_weights import random_model as random_model
     from m3_jax.sampling import Greedy as Greedy
     from m3_jax.sampling import Sampler as Sampler
     from m3_jax.sharding import make_mesh as make_mesh
@@ -31,6 +32,7 @@ _HOME = {
     "generate": "generation",
     "load": "loading",
     "make_mesh": "sharding",
+    "random_model": "random_weights",
 }
 __all__ = [
     "Cache",
@@ -43,6 +45,7 @@ __all__ = [
     "generate",
     "load",
     "make_mesh",
+    "random_model",
 ]
 
 

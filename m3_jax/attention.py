@@ -9,7 +9,13 @@ from m3_jax.config import M3Config
 from m3_jax.dense_attention import dense_attention
 from m3_jax.indexer import Indexer
 from m3_jax.layers import Projection, RMSNorm, rotate
-from pallas_kernels import sparse_attention_decode, sparse_attention_prefill
+from pallas_kernels import (
+    Heads,
+    norm_rope_cache,
+    paged_attention_decode,
+    sparse_attention_decode,
+    sparse_attention_prefill,
+)
 
 
 class Attention(nnx.Module):
@@ -40,7 +46,12 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], rotary: tuple[Array, Array], layer: LayerCache, step: Step
     ) -> tuple[Float[Array, "B T D"], LayerCache, Int[Array, "B T K C"] | None]:
-        """The layer's output, its cache with the pass's tokens in it, and the blocks that each row chose."""
+        """The layer's output, its cache with the pass's tokens in it, and the blocks that each row chose.
+
+        Over a mesh, of this device's heads: outputs are to be summed over `tensor`.
+        """
+        if step.decode:
+            return self._decode(x, rotary, layer, step)
         q = rotate(self.q_norm(self.q_proj(x)), rotary)
         k = rotate(self.k_norm(self.k_proj(x)), rotary)
         v = self.v_proj(x)
@@ -49,22 +60,60 @@ class Attention(nnx.Module):
             return self.o_proj(dense_attention(q, k, v, layer, step)), layer, None
         block_ids, layer = self.indexer(x, rotary, layer, step)
         # Queries meet keys as the cache holds them, in the cache's dtype.
-        rows = q.reshape(-1, *q.shape[2:]).astype(layer.k.dtype)
-        if step.decode:
-            out = sparse_attention_decode(rows, layer.k, layer.v, block_ids, step.block_table, step.seq_lens)
-        else:
-            out = sparse_attention_prefill(
-                rows,
-                layer.k,
-                layer.v,
-                block_ids,
-                step.block_table,
-                step.cu_seqlens,
-                step.seq_lens,
-                step.context_lens,
-            )
+        out = sparse_attention_prefill(
+            q.reshape(-1, *q.shape[2:]).astype(layer.k.dtype),
+            layer.k,
+            layer.v,
+            block_ids,
+            step.block_table,
+            step.cu_seqlens,
+            step.seq_lens,
+            step.context_lens,
+        )
         return (
             self.o_proj(out.reshape(q.shape).astype(x.dtype)),
             layer,
             block_ids.reshape(*q.shape[:2], *block_ids.shape[1:]),
         )
+
+    def _decode(
+        self, x: Float[Array, "B T D"], rotary: tuple[Array, Array], layer: LayerCache, step: Step
+    ) -> tuple[Float[Array, "B T D"], LayerCache, Int[Array, "B T K C"] | None]:
+        """The same with one operation between projections and attention: at decode launches take the time."""
+        q, index_q, layer = self._project_and_write(x, rotary, layer, step)
+        rows = q.astype(layer.k.dtype)
+        if index_q is None:
+            block_ids = None
+            out = paged_attention_decode(rows, layer.k, layer.v, step.block_table, step.seq_lens)
+        else:
+            assert self.indexer is not None
+            block_ids = self.indexer.choose(index_q, layer, step)
+            out = sparse_attention_decode(rows, layer.k, layer.v, block_ids, step.block_table, step.seq_lens)
+            block_ids = block_ids.reshape(*x.shape[:2], *block_ids.shape[1:])
+        return self.o_proj(out.reshape(*x.shape[:2], *q.shape[1:]).astype(x.dtype)), layer, block_ids
+
+    def _project_and_write(
+        self, x: Float[Array, "B T D"], rotary: tuple[Array, Array], layer: LayerCache, step: Step
+    ) -> tuple[Float[Array, "BT N H"], Float[Array, "BT K I"] | None, LayerCache]:
+        """Queries and index queries, normed and rotated, and the cache with the pass's keys and values in it."""
+
+        def rows(heads: Array) -> Array:
+            return heads.reshape(-1, *heads.shape[2:])
+
+        heads = [
+            Heads(rows(self.q_proj(x)), self.q_norm.weight[...], None),
+            Heads(rows(self.k_proj(x)), self.k_norm.weight[...], layer.k),
+            Heads(rows(self.v_proj(x)), None, layer.v),
+        ]
+        if self.indexer is not None:
+            assert layer.index_k is not None, "a sparse layer has index keys"
+            index_q, index_k = self.indexer.project(x)
+            heads += [
+                Heads(rows(index_q), self.indexer.q_norm.weight[...], None),
+                Heads(rows(index_k), self.indexer.k_norm.weight[...], layer.index_k[:, None]),
+            ]
+        cos, sin = (table.reshape(-1, table.shape[-1]) for table in rotary)
+        pages, slots = step.slots(layer.k.shape[0], layer.k.shape[2])
+        q, k, v, *index = norm_rope_cache(heads, cos, sin, pages, slots, eps=self.q_norm.eps)
+        index_q, index_k = (index[0], index[1][:, 0]) if index else (None, None)
+        return q, index_q, LayerCache(k, v, index_k)

@@ -10,9 +10,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from m3_jax.config import M3Config
+from m3_jax.sharding import local_size, partition_spec
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["k", "v", "index_k"], meta_fields=[])
@@ -50,6 +52,9 @@ class Cache:
     def allocate(cls, config: M3Config, batch: int, max_length: int, *, dtype: jnp.dtype = jnp.bfloat16) -> "Cache":  # pyright: ignore[reportArgumentType]
         """An empty cache for `batch` sequences of up to `max_length` tokens, rounded up to whole pages.
 
+        Inside `sharding.over_mesh` it is one device's part: pages of the device's own `batch` sequences, which no other
+        device numbers, with the KV heads that it has. `cache_specs` says how the parts make a whole.
+
         Raises `ValueError` where a size is not positive or `max_length` exceeds the model's positions.
         """
         for name, value in (("batch", batch), ("max_length", max_length)):
@@ -62,7 +67,8 @@ class Cache:
         sparse = config.sparse_attention
         blocks = -(-max_length // sparse.block_size)
         pages = batch * blocks
-        kv_shape = (pages, config.num_key_value_heads, sparse.block_size, config.head_dim)
+        kv_heads = local_size("kv_heads", config.num_key_value_heads)
+        kv_shape = (pages, kv_heads, sparse.block_size, config.head_dim)
         return cls(
             layers=tuple(
                 LayerCache(
@@ -80,6 +86,21 @@ class Cache:
     def block_size(self) -> int:
         """Tokens a page."""
         return self.layers[0].k.shape[2]
+
+
+def cache_specs(config: M3Config, mesh: Mesh | AbstractMesh) -> Cache:
+    """A `Cache` with, for every array, how it is cut over a mesh of `sharding.pass_mesh`.
+
+    Pages are cut like the batch and numbered from 0 on every part of it; KV heads along `kv`, so that a device holds
+    those of its queries and no others. Index keys, which all heads share, are the same on all of `tensor`.
+    """
+    kv = partition_spec(("pages", "kv_heads", "whole", "head_dim"), mesh)
+    index_k = partition_spec(("pages", "whole", "head_dim"), mesh)
+    return Cache(
+        layers=tuple(LayerCache(kv, kv, index_k if sparse else None) for sparse in config.sparse_attention_layers),  # pyright: ignore[reportArgumentType]
+        block_table=partition_spec(("batch", "whole"), mesh),  # pyright: ignore[reportArgumentType]
+        seq_lens=partition_spec(("batch",), mesh),  # pyright: ignore[reportArgumentType]
+    )
 
 
 def elements_per_token(config: M3Config) -> int:
@@ -127,6 +148,19 @@ class Step:
     def cu_seqlens(self) -> Int[Array, " B1"]:
         """First row of every sequence when [B, T] is read as flat rows, and their number."""
         return jnp.arange(self.query_lens.shape[0] + 1, dtype=jnp.int32) * self.num_tokens
+
+    def split(self, parts: int) -> "list[Step]":
+        """Steps over equal parts of the tokens, to be taken one after another."""
+        size = self.num_tokens // parts
+        return [
+            dataclasses.replace(
+                self,
+                context_lens=self.context_lens + jnp.minimum(self.query_lens, start),
+                query_lens=jnp.clip(self.query_lens - start, 0, size),
+                num_tokens=size,
+            )
+            for start in range(0, self.num_tokens, size)
+        ]
 
     def slots(self, num_pages: int, page_size: int) -> tuple[Int[Array, " BT"], Int[Array, " BT"]]:
         """Page and slot of every row, flat. A padded row gets page `num_pages`, which a write drops (-1 would wrap)."""

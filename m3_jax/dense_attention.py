@@ -1,8 +1,8 @@
-"""Causal attention over all cached keys: the dense layers'.
+"""Causal attention of a prefill over all cached keys: the dense layers'.
 
-Both paths go through `jax.nn.dot_product_attention`. cuDNN knows no causal mask that starts inside the keys, so on a
-GPU a chunk attends twice, to what was cached before it (no mask) and to itself (causal), and the two are merged by
-their log-sum-exp. The XLA path materialises its scores, so it walks over tiles of queries.
+Both paths gather the pages and go through `jax.nn.dot_product_attention`. cuDNN knows no causal mask that starts
+inside the keys, so on a GPU a chunk attends twice, to what was cached before it (no mask) and to itself (causal), and
+the two are merged by their log-sum-exp. The XLA path materialises its scores, so it walks over tiles of queries.
 """
 
 import jax
@@ -26,10 +26,7 @@ def dense_attention(
 
     `layer` already holds the pass's own `k` and `v`.
     """
-    if not step.decode and cudnn_unsupported(q) is None:
-        out = _cudnn(q, k, v, layer, step)
-    else:
-        out = _xla(q, layer, step)
+    out = _cudnn(q, k, v, layer, step) if cudnn_unsupported(q) is None else _xla(q, layer, step)
     return jnp.where(step.live[:, :, None, None], out, 0)
 
 

@@ -11,12 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Key
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, Int, Key, UInt
 
-from m3_jax.cache import Cache
+from m3_jax.cache import Cache, cache_specs
 from m3_jax.config import M3Config
 from m3_jax.model import M3ForCausalLM, Structure, split
 from m3_jax.sampling import Greedy, TokenSampler
+from m3_jax.sharding import BATCH, all_reduce, fetch, over_mesh, place
 
 PREFILL_CHUNK = 2048
 MIN_CHUNK = 16
@@ -86,7 +88,8 @@ def generate(
     those numbers, so to draw several continuations of one prompt, give each its own seed.
 
     Args:
-      model: the model; its dtype is the cache's.
+      model: the model; its dtype is the cache's. Where its weights lie on a mesh, generation runs over that mesh and
+        gives the same tokens.
       prompts: token ids, a list for each prompt, of any lengths.
       max_new_tokens: tokens to generate for each prompt, at most.
       sampler: `Greedy()` or a `Sampler`.
@@ -107,41 +110,43 @@ def generate(
         return GenerateOutput([], [], [])
     structure, weights = split(model)
     num_prompts = len(prompt_ids)
-    batch = _power_of_two(num_prompts)
+    batch = structure.batch_parts * _power_of_two(-(-num_prompts // structure.batch_parts))
     seeds = np.zeros(batch, np.uint32)
     seeds[:num_prompts] = np.asarray(seed)
-    keys = jax.vmap(jax.random.key)(seeds)
+
+    def rows(value: np.ndarray) -> Array:
+        return place(structure.mesh, ("batch", "whole")[: value.ndim], value)
 
     lengths = np.zeros(batch, np.int32)
     lengths[:num_prompts] = [len(ids) for ids in prompt_ids]
     longest = int(lengths.max())
     pages = _length_bucket(-(-(longest + max_new_tokens) // config.sparse_attention.block_size))
-    cache = _allocate(config, batch, pages * config.sparse_attention.block_size, model.dtype)
+    cache, hidden = _allocate(structure, batch, pages * config.sparse_attention.block_size, model.dtype)
 
-    hidden = jnp.zeros((batch, config.hidden_size), model.dtype)
     for start, size in _chunks(longest, prefill_chunk):
         tokens = np.zeros((batch, size), np.int32)
         for row, ids in enumerate(prompt_ids):
             part = ids[start : start + size]
             tokens[row, : len(part)] = part
         query_lens = np.clip(lengths - start, 0, size)
-        cache, hidden = _prefill(structure, weights, cache, hidden, tokens, query_lens)
+        cache, hidden = _prefill(structure, weights, cache, hidden, rows(tokens), rows(query_lens))
 
     # A stop id that no token has fills the bucket.
     stops = np.full(_power_of_two(max(1, len(stop_token_ids))), -1, np.int32)
     stops[: len(stop_token_ids)] = list(stop_token_ids)
     capacity = _power_of_two(max_new_tokens)
-    state = _first_token(structure, weights, cache, hidden, keys, lengths > 0, sampler, stops, capacity)
+    stops = place(structure.mesh, ("whole",), stops)
+    state = _first_token(structure, weights, cache, hidden, rows(seeds), rows(lengths > 0), sampler, stops, capacity)
     if stream is None:
         state = _decode_loop(structure, weights, state, sampler, stops, np.int32(max_new_tokens))
     else:
         _emit(stream, state, np.zeros(num_prompts, np.int32))
         for _ in range(max_new_tokens - 1):
-            if bool(jnp.all(state.finished)):
+            before, finished = fetch((state.num_new, state.finished))
+            if finished.all():
                 break
-            before = np.asarray(state.num_new)[:num_prompts]
             state = _decode_step(structure, weights, state, sampler, stops)
-            _emit(stream, state, before)
+            _emit(stream, state, before[:num_prompts])
     return _output(state, num_prompts)
 
 
@@ -208,11 +213,28 @@ def _chunks(length: int, size: int) -> list[tuple[int, int]]:
     return chunks
 
 
+def _cache_specs(structure: Structure) -> Cache | PartitionSpec:
+    return PartitionSpec() if structure.mesh is None else cache_specs(structure.config, structure.mesh)
+
+
+def _state_specs(structure: Structure) -> DecodeState:
+    """How the loop's carry is cut over the mesh: every sequence with its pages on its own part."""
+    fields = {field.name: structure.spec("batch") for field in dataclasses.fields(DecodeState)}
+    return DecodeState(**fields | {"cache": _cache_specs(structure)})  # pyright: ignore[reportArgumentType]
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _allocate(config: M3Config, batch: int, max_length: int, dtype: jnp.dtype) -> Cache:
+def _allocate(structure: Structure, batch: int, max_length: int, dtype: jnp.dtype) -> tuple[Cache, Float[Array, "B D"]]:
+    """An empty cache and hidden states of zero."""
+    config = structure.config
     # The bucket may reach past the last position; what was asked for does not.
     padded = dataclasses.replace(config, max_position_embeddings=max(max_length, config.max_position_embeddings))
-    return Cache.allocate(padded, batch, max_length, dtype=dtype)
+
+    def allocate() -> tuple[Cache, Float[Array, "B D"]]:
+        own = batch // structure.batch_parts
+        return Cache.allocate(padded, own, max_length, dtype=dtype), jnp.zeros((own, config.hidden_size), dtype)
+
+    return over_mesh(structure.mesh, allocate, (), (_cache_specs(structure), structure.spec("batch", "embed")))()
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
@@ -225,10 +247,18 @@ def _prefill(
     query_lens: Int[Array, " B"],
 ) -> tuple[Cache, Float[Array, "B D"]]:
     """One chunk of every prompt; `hidden` keeps the last row of the sequences that this chunk does not reach."""
-    output = structure.model(weights).forward(tokens, cache, query_lens)
-    last = jnp.maximum(query_lens - 1, 0)[:, None, None]
-    last_hidden = jnp.take_along_axis(output.last_hidden, last, axis=1)[:, 0]
-    return output.cache, jnp.where(query_lens[:, None] > 0, last_hidden, hidden)
+
+    def prefill(
+        model: M3ForCausalLM, cache: Cache, hidden: Array, tokens: Array, query_lens: Array
+    ) -> tuple[Cache, Array]:
+        output = model.forward(tokens, cache, query_lens)
+        last = jnp.maximum(query_lens - 1, 0)[:, None, None]
+        last_hidden = jnp.take_along_axis(output.last_hidden, last, axis=1)[:, 0]
+        return output.cache, jnp.where(query_lens[:, None] > 0, last_hidden, hidden)
+
+    rows, cache_spec = structure.spec("batch"), _cache_specs(structure)
+    arguments = (cache, hidden, tokens, query_lens)
+    return structure.run(prefill, weights, arguments, (cache_spec, rows, rows, rows), (cache_spec, rows))
 
 
 def _draw(
@@ -250,25 +280,40 @@ def _first_token(
     weights: nnx.State,
     cache: Cache,
     hidden: Float[Array, "B D"],
-    keys: Key[Array, " B"],
+    seeds: UInt[Array, " B"],
     is_prompt: Bool[Array, " B"],
     sampler: TokenSampler,
     stops: Int[Array, " E"],
     capacity: int,
 ) -> DecodeState:
-    num_new = jnp.zeros(is_prompt.shape, jnp.int32)
-    token, logprob = _draw(structure.model(weights), hidden, keys, num_new, sampler)
-    state = DecodeState(
-        cache=cache,
-        token=token,
-        logprob=logprob,
-        num_new=num_new,
-        finished=~is_prompt,
-        keys=keys,
-        tokens=jnp.zeros((*is_prompt.shape, capacity), jnp.int32),
-        logprobs=jnp.zeros((*is_prompt.shape, capacity), jnp.float32),
-    )
-    return _append(state, token, logprob, stops)
+    def first(
+        model: M3ForCausalLM,
+        cache: Cache,
+        hidden: Array,
+        seeds: Array,
+        is_prompt: Array,
+        sampler: TokenSampler,
+        stops: Array,
+    ) -> DecodeState:
+        keys = jax.vmap(jax.random.key)(seeds)
+        num_new = jnp.zeros(is_prompt.shape, jnp.int32)
+        token, logprob = _draw(model, hidden, keys, num_new, sampler)
+        state = DecodeState(
+            cache=cache,
+            token=token,
+            logprob=logprob,
+            num_new=num_new,
+            finished=~is_prompt,
+            keys=keys,
+            tokens=jnp.zeros((*is_prompt.shape, capacity), jnp.int32),
+            logprobs=jnp.zeros((*is_prompt.shape, capacity), jnp.float32),
+        )
+        return _append(state, token, logprob, stops)
+
+    rows, whole = structure.spec("batch"), structure.spec()
+    arguments = (cache, hidden, seeds, is_prompt, sampler, stops)
+    specs = (_cache_specs(structure), rows, rows, rows, whole, whole)
+    return structure.run(first, weights, arguments, specs, _state_specs(structure))
 
 
 def _append(
@@ -288,22 +333,20 @@ def _append(
     )
 
 
-def _step(
-    structure: Structure,
-    weights: nnx.State,
-    state: DecodeState,
-    sampler: TokenSampler,
-    stops: Int[Array, " E"],
-) -> DecodeState:
+def _step(model: M3ForCausalLM, state: DecodeState, sampler: TokenSampler, stops: Int[Array, " E"]) -> DecodeState:
     """One token for every sequence that has not finished; the others write nothing and stay as they are."""
-    model = structure.model(weights)
     query_lens = jnp.where(state.finished, 0, 1).astype(jnp.int32)
     output = model.forward(state.token[:, None], state.cache, query_lens, decode=True)
     token, logprob = _draw(model, output.last_hidden[:, 0], state.keys, state.num_new, sampler)
     return _append(dataclasses.replace(state, cache=output.cache), token, logprob, stops)
 
 
-_decode_step = jax.jit(_step, static_argnums=0, donate_argnums=2)
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _decode_step(
+    structure: Structure, weights: nnx.State, state: DecodeState, sampler: TokenSampler, stops: Int[Array, " E"]
+) -> DecodeState:
+    specs, whole = _state_specs(structure), structure.spec()
+    return structure.run(_step, weights, (state, sampler, stops), (specs, whole, whole), specs)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -315,22 +358,34 @@ def _decode_loop(
     stops: Int[Array, " E"],
     max_new_tokens: Int[Array, ""],
 ) -> DecodeState:
-    def unfinished(state: DecodeState) -> Bool[Array, ""]:
-        return jnp.any(~state.finished & (state.num_new < max_new_tokens))
+    def loop(
+        model: M3ForCausalLM, state: DecodeState, sampler: TokenSampler, stops: Array, max_new_tokens: Array
+    ) -> DecodeState:
+        def unfinished(state: DecodeState) -> Bool[Array, ""]:
+            # Of the sequences on all devices: a device that left the loop alone would be missed in the next reduction.
+            mine = jnp.any(~state.finished & (state.num_new < max_new_tokens))
+            return all_reduce(mine.astype(jnp.int32), BATCH) > 0
 
-    return jax.lax.while_loop(unfinished, lambda s: _step(structure, weights, s, sampler, stops), state)
+        def step(carry: tuple[DecodeState, Bool[Array, ""]]) -> tuple[DecodeState, Bool[Array, ""]]:
+            state = _step(model, carry[0], sampler, stops)
+            return state, unfinished(state)
+
+        return jax.lax.while_loop(lambda carry: carry[1], step, (state, unfinished(state)))[0]
+
+    specs, whole = _state_specs(structure), structure.spec()
+    return structure.run(loop, weights, (state, sampler, stops, max_new_tokens), (specs, *(whole,) * 3), specs)
 
 
 def _emit(stream: Stream, state: DecodeState, before: np.ndarray) -> None:
     """Hands over the newest token of every sequence that has one more than before."""
-    num_new, token, logprob = jax.device_get((state.num_new, state.token, state.logprob))
+    num_new, token, logprob = fetch((state.num_new, state.token, state.logprob))
     for index, count in enumerate(before):
         if num_new[index] > count:
             stream(index, int(token[index]), float(logprob[index]))
 
 
 def _output(state: DecodeState, num_prompts: int) -> GenerateOutput:
-    num_new, finished, tokens, logprobs = jax.device_get((state.num_new, state.finished, state.tokens, state.logprobs))
+    num_new, finished, tokens, logprobs = fetch((state.num_new, state.finished, state.tokens, state.logprobs))
     return GenerateOutput(
         tokens=[tokens[i, : num_new[i]].tolist() for i in range(num_prompts)],
         logprobs=[logprobs[i, : num_new[i]].tolist() for i in range(num_prompts)],

@@ -1,13 +1,23 @@
 """The lightning indexer: which blocks of keys each query attends to, on sparse layers."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from m3_jax import index_sharding
 from m3_jax.cache import LayerCache, Step, write_index_k
 from m3_jax.config import M3Config
 from m3_jax.layers import Projection, RMSNorm, rotate
-from pallas_kernels import index_topk_decode, index_topk_prefill
+from m3_jax.sharding import all_gather, all_to_all, axis_index, axis_size
+from pallas_kernels.index_topk import (
+    index_candidates_decode,
+    index_candidates_prefill,
+    index_topk_decode,
+    index_topk_prefill,
+    merge_candidates,
+)
 
 
 class Indexer(nnx.Module):
@@ -36,33 +46,54 @@ class Indexer(nnx.Module):
         self, x: Float[Array, "B T D"], rotary: tuple[Array, Array], layer: LayerCache, step: Step
     ) -> tuple[Int[Array, "BT K C"], LayerCache]:
         """Writes the pass's index keys and chooses blocks for every row, as `pallas_kernels` defines `block_ids`."""
-        q = rotate(self.q_norm(self.q_proj(x)), rotary)
-        k = rotate(self.k_norm(self.k_proj(x))[:, :, None, :], rotary)[:, :, 0, :]
+        q, k = self.project(x)
+        q = rotate(self.q_norm(q), rotary)
+        k = rotate(self.k_norm(k), rotary)[:, :, 0, :]
         layer = write_index_k(layer, step, k)
+        return self.choose(q.reshape(-1, *q.shape[2:]), layer, step), layer
+
+    def project(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T K I"], Float[Array, "B T 1 I"]]:
+        """Index queries and keys before norm and rotation."""
+        return self.q_proj(x), self.k_proj(x)[:, :, None, :]
+
+    def choose(self, q: Float[Array, "BT K I"], layer: LayerCache, step: Step) -> Int[Array, "BT K C"]:
+        """Blocks for every row, once the pass's index keys are in the cache."""
         index_k = layer.index_k
         assert index_k is not None
         # Queries meet keys as the cache holds them, in the cache's dtype.
-        rows = q.reshape(-1, *q.shape[2:]).astype(index_k.dtype)
-        if step.decode:
-            ids = index_topk_decode(
-                rows,
-                index_k,
-                step.block_table,
-                step.seq_lens,
-                top_k=self.topk_blocks,
-                init_blocks=self.init_blocks,
-                local_blocks=self.local_blocks,
-            )
-        else:
-            ids = index_topk_prefill(
-                rows,
-                index_k,
-                step.block_table,
-                step.cu_seqlens,
-                step.seq_lens,
-                step.context_lens,
-                top_k=self.topk_blocks,
-                init_blocks=self.init_blocks,
-                local_blocks=self.local_blocks,
-            )
-        return ids, layer
+        rows = q.astype(index_k.dtype)
+        arrays: list[Any] = [index_k, step.block_table, step.seq_lens]
+        if not step.decode:
+            arrays[2:] = step.cu_seqlens, step.seq_lens, step.context_lens
+        choice = {"top_k": self.topk_blocks, "init_blocks": self.init_blocks, "local_blocks": self.local_blocks}
+        if index_sharding.over_pages(self._scoring(rows, index_k, step)):
+            return self._choose_over_pages(rows, arrays, choice, step.decode)
+        return (index_topk_decode if step.decode else index_topk_prefill)(rows, *arrays, **choice)
+
+    def _choose_over_pages(
+        self, q: Float[Array, "BT K I"], arrays: list[Any], choice: dict[str, int], decode: bool
+    ) -> Int[Array, "BT K C"]:
+        """The same, each device along `tensor` scoring its share of the blocks for the heads of all of them."""
+        own_heads, devices = q.shape[1], axis_size("tensor")
+        find: Any = index_candidates_decode if decode else index_candidates_prefill
+        # A head that several devices hold is theirs to score once: "kv" passes over its copies.
+        found = find(all_gather(q, "kv", 1), *arrays, axis_index("tensor"), num_shares=devices, **choice)
+        # To each device the candidates of its heads, and to those with the same heads the same.
+        groups = axis_size("kv")
+        for_device = jnp.moveaxis(found.reshape(-1, groups, own_heads, 2, self.topk_blocks), 1, 0)
+        return merge_candidates(all_to_all(jnp.repeat(for_device, devices // groups, axis=0), "tensor"))
+
+    def _scoring(self, rows: Array, index_k: Array, step: Step) -> index_sharding.Scoring:
+        sequences, blocks = step.block_table.shape
+        return index_sharding.Scoring(
+            rows=rows.shape[0],
+            sequences=sequences,
+            context=blocks * index_k.shape[1],
+            heads=rows.shape[1] * axis_size("kv"),
+            own_heads=rows.shape[1],
+            devices=axis_size("tensor"),
+            index_dim=index_k.shape[2],
+            itemsize=index_k.dtype.itemsize,
+            top_k=self.topk_blocks,
+            decode=step.decode,
+        )

@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from m3_jax.config import M3Config
+from m3_jax.sharding import all_reduce, axis_index, axis_size
 
 INIT_STDDEV = 0.02
 
@@ -33,7 +34,7 @@ class Weight(nnx.Param[jax.Array]):
         value = jnp.zeros(shape, dtype)
         if stddev:
             value = (stddev * jax.random.normal(rngs.params(), shape, jnp.float32)).astype(dtype)
-        super().__init__(value, logical_axes=logical_axes)
+        super().__init__(value, logical_axes=logical_axes, stddev=stddev)
 
 
 class Projection(nnx.Module):
@@ -122,6 +123,7 @@ class MLP(nnx.Module):
         self.down_proj = Projection("btf,df->btd", (size, width), ("embed", "mlp"), dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """The output; over a mesh, the part that this device's channels give, to be summed over `tensor`."""
         gate, up = self.gate_up_proj(x)
         return self.down_proj(self.activation(gate, up))
 
@@ -133,7 +135,13 @@ class Embedding(nnx.Module):
         self.weight = Weight((config.vocab_size, config.hidden_size), ("vocab", "embed"), dtype=dtype, rngs=rngs)
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        return self.weight[...][tokens]
+        rows = self.weight[...]
+        if axis_size("tensor") == 1:
+            return rows[tokens]
+        # Each token's row is on one of the devices; the others add zeros.
+        local = tokens - axis_index("tensor") * rows.shape[0]
+        here = (local >= 0) & (local < rows.shape[0])
+        return all_reduce(jnp.where(here[..., None], rows[jnp.where(here, local, 0)], 0), "tensor")
 
 
 class Head(nnx.Module):
@@ -144,5 +152,5 @@ class Head(nnx.Module):
 
 
 def vocabulary_logits(hidden: Float[Array, "*rows D"], weight: Float[Array, "V D"]) -> Float[Array, "*rows V"]:
-    """Logits, accumulated and returned in float32 whatever the weights' dtype."""
+    """Logits of the rows of `weight`, accumulated and returned in float32 whatever the weights' dtype."""
     return jnp.einsum("...d,vd->...v", hidden, weight, preferred_element_type=jnp.float32)

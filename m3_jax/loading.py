@@ -3,22 +3,19 @@
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jax.sharding import Mesh, Sharding, SingleDeviceSharding
+from jax.sharding import Mesh
 
+from m3_jax.abstract_model import abstract_model, fill, targets_by_path
 from m3_jax.checkpoint.errors import CheckpointError, listing
 from m3_jax.checkpoint.huggingface import HuggingFaceCheckpoint
-from m3_jax.checkpoint.names import Part
+from m3_jax.checkpoint.names import Part, Weight
 from m3_jax.checkpoint.open import open_checkpoint
 from m3_jax.checkpoint.orbax_parts import chunk_rows, empty_aligned, read_part
 from m3_jax.checkpoint.store import OrbaxCheckpoint
 from m3_jax.model import M3ForCausalLM
-from m3_jax.sharding import named_sharding
 
 VISION_PART = "vision"
 # Threads that read the released layout: enough for a fast disk, and no more than a small machine bears.
@@ -34,41 +31,25 @@ def load(path: str | Path, *, mesh: Mesh | None = None, dtype: jax.typing.DTypeL
       dtype: float32 or bfloat16; None: that of the stored embedding, float32 where it is float16. The router is
         float32 whatever is asked for.
 
-    Memory of the host stays at about one layer beyond what its devices hold. Raises `CheckpointError`, a `ValueError`,
-    where the folder is not a whole checkpoint.
+    Each device gets its own shard of a weight straight from the files, whatever wrote them: host memory beyond what CPU
+    devices hold stays within 1 GiB or one shard (Orbax) or within one weight (Hugging Face), less than a layer in both.
+    Every process of a mesh over several calls this, and reads what its own devices need. Raises `CheckpointError`, a
+    `ValueError`, where the folder is not a whole checkpoint.
     """
     checkpoint = open_checkpoint(path)
     if dtype is None:
         stored = checkpoint.dtypes["embed_tokens.weight"]
         dtype = stored if stored.name == "bfloat16" else np.dtype(np.float32)
-    model_dtype = jnp.dtype(dtype)
-    graphdef, state = nnx.split(
-        nnx.eval_shape(lambda: M3ForCausalLM(checkpoint.config, dtype=model_dtype, rngs=nnx.Rngs(0)))
-    )
-    variables = {".".join(map(str, path)): (path, variable) for path, variable in nnx.to_flat_state(state)}
-    targets = {name: _target(variable, mesh) for name, (_, variable) in variables.items()}
+    model = abstract_model(checkpoint.config, dtype=dtype, mesh=mesh)
+    targets = targets_by_path(model)
     text_parts = [part for part in checkpoint.parts if part.name != VISION_PART]
     named = {weight.path for part in text_parts for weight in part.weights}
     if named != targets.keys():
         raise CheckpointError(f"{path}: model and checkpoint differ in {listing(named ^ targets.keys())}")
-    filled = []
+    values: list[tuple[str, jax.Array]] = []
     for part in text_parts:
-        for name, value in _read(checkpoint, part, targets):
-            where, variable = variables[name]
-            filled.append((where, variable.replace(value)))
-        # A transfer keeps its host copy until it is done: wait, so that no more than a part of them is alive.
-        jax.block_until_ready([variable.get_value() for _, variable in filled])
-    return nnx.merge(graphdef, nnx.from_flat_state(filled))
-
-
-def _target(variable: nnx.Variable[Any], mesh: Mesh | None) -> jax.ShapeDtypeStruct:
-    """Shape, dtype and place that an abstract weight is to have."""
-    value = variable.get_value()
-    if mesh is None:
-        sharding: Sharding = SingleDeviceSharding(jax.devices()[0])
-    else:
-        sharding = named_sharding(mesh, variable.get_metadata("logical_axes"), value.shape)
-    return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)
+        values += _read(checkpoint, part, targets)
+    return fill(model, values)
 
 
 def _read(
@@ -83,23 +64,32 @@ def _read(
     if isinstance(checkpoint, OrbaxCheckpoint):
         yield from read_part(checkpoint.part_folder(part), wanted).items()
     else:
-        for path, value in _read_released(checkpoint, part, wanted).items():
-            yield path, jax.device_put(value, wanted[path].sharding)
+        with ThreadPoolExecutor(READERS) as pool:
+            for weight in part.weights:
+                yield weight.path, _read_released(checkpoint, weight, wanted[weight.path], pool)
 
 
 def _read_released(
-    checkpoint: HuggingFaceCheckpoint, part: Part, wanted: Mapping[str, jax.ShapeDtypeStruct]
-) -> dict[str, np.ndarray]:
-    values = {weight.path: empty_aligned(weight.shape, wanted[weight.path].dtype) for weight in part.weights}
-    with ThreadPoolExecutor(READERS) as pool:
-        reads = []
-        for weight in part.weights:
-            value = values[weight.path]
-            rows = chunk_rows(weight.shape, value.dtype.itemsize)
-            reads += [
-                pool.submit(checkpoint.read, weight, value[start : start + rows], start)
-                for start in range(0, len(value), rows)
-            ]
-        for read in reads:
-            read.result()
-    return values
+    checkpoint: HuggingFaceCheckpoint, weight: Weight, target: jax.ShapeDtypeStruct, pool: ThreadPoolExecutor
+) -> jax.Array:
+    """One weight in its place. The host holds it whole, or the rows of it that this process's devices need."""
+    assert target.sharding is not None
+    indices = target.sharding.addressable_devices_indices_map(target.shape).values()
+    needed = [index[0].indices(weight.shape[0]) for index in indices if index is not None]
+    first, last = min(start for start, _, _ in needed), max(stop for _, stop, _ in needed)
+    value = empty_aligned((last - first, *weight.shape[1:]), target.dtype)
+    size = chunk_rows(weight.shape, value.dtype.itemsize)
+    reads = [
+        pool.submit(checkpoint.read, weight, value[start : start + size], first + start)
+        for start in range(0, len(value), size)
+    ]
+    for read in reads:
+        read.result()
+
+    def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
+        start, stop, _ = index[0].indices(weight.shape[0])
+        return value[(slice(start - first, stop - first), *index[1:])]
+
+    # Waited for, because a transfer keeps its host copy until it is done.
+    return jax.block_until_ready(jax.make_array_from_callback(target.shape, target.sharding, shard))

@@ -26,13 +26,13 @@ from m3_jax.config import M3Config
 MISSING_ENOUGH = 1000
 
 
-def read_config(folder: Path) -> tuple[dict[str, Any], M3Config]:
+def read_config(folder: Path, name: str = CONFIG) -> tuple[dict[str, Any], M3Config]:
     """config.json of a folder, as it is and as the model's config."""
-    raw = read_json(folder, CONFIG)
+    raw = read_json(folder, name)
     try:
         return raw, M3Config.from_hf(raw)
     except (ValueError, TypeError, OverflowError) as error:
-        raise CheckpointError(f"{folder / CONFIG}: {one_line(error)}") from None
+        raise CheckpointError(f"{folder / name}: {one_line(error)}") from None
 
 
 def check_vision_layers(config: M3Config, tensors: int, path: Path) -> None:

@@ -17,7 +17,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ from m3_jax.checkpoint.errors import CheckpointError, one_line
 CHUNK_BYTES = 64 << 20
 # Pieces that are read or written at one moment.
 IN_FLIGHT_BYTES = 192 << 20
+# Shards that are on their way to their devices at one moment; a larger one goes alone.
+RESTORE_BYTES = 1 << 30
 # What XLA asks of host memory that it is to use in place.
 ALIGNMENT = 64
 # How Orbax names a part while it writes it; a rename ends that.
@@ -138,6 +140,28 @@ class _PlacedArgs(ocp.RestoreArgs):
     target: jax.ShapeDtypeStruct | None = None
 
 
+class _Budget:
+    """Bytes of host memory that shards may take at one moment; a larger one goes alone. For one event loop."""
+
+    def __init__(self, total: int):
+        self._total = self._left = total
+        self._changed = asyncio.Condition()
+
+    @contextlib.asynccontextmanager
+    async def bytes(self, nbytes: int) -> AsyncIterator[None]:
+        """Waits until so many are free, and gives them back at the end."""
+        nbytes = min(nbytes, self._total)
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._left >= nbytes)
+            self._left -= nbytes
+        try:
+            yield
+        finally:
+            async with self._changed:
+                self._left += nbytes
+                self._changed.notify_all()
+
+
 class _Placer(ocp.type_handlers.NumpyHandler):
     """Restores arrays of the parts that `_Writer` wrote into their shards: each device's rows and columns, once."""
 
@@ -146,9 +170,12 @@ class _Placer(ocp.type_handlers.NumpyHandler):
     ) -> list[jax.Array]:
         """One array for every info, in the dtype and place of its target."""
         assert args is not None
-        return list(await asyncio.gather(*map(self._place, infos, args)))
+        budget = _Budget(RESTORE_BYTES)
+        return list(
+            await asyncio.gather(*(self._place(info, arg, budget) for info, arg in zip(infos, args, strict=True)))
+        )
 
-    async def _place(self, info: ocp.type_handlers.ParamInfo, args: ocp.RestoreArgs) -> jax.Array:
+    async def _place(self, info: ocp.type_handlers.ParamInfo, args: ocp.RestoreArgs, budget: _Budget) -> jax.Array:
         assert isinstance(args, _PlacedArgs)
         assert args.target is not None
         assert info.parent_dir is not None
@@ -156,14 +183,23 @@ class _Placer(ocp.type_handlers.NumpyHandler):
         store = await ts.open(_spec(Path(info.parent_dir) / name))
         if tuple(store.shape) != tuple(target.shape):
             raise CheckpointError(f"{info.parent_dir}: {name!r} has shape {store.shape}, {target.shape} expected")
-        indices = target.sharding.addressable_devices_indices_map(target.shape)
-        shards: dict[str, np.ndarray] = {}
-        arrays = []
-        for device, index in indices.items():
-            # Devices that hold the same rows share one copy on the host.
-            if (key := str(index)) not in shards:
-                shards[key] = await _read_aligned(store[index], target.dtype)
-            arrays.append(jax.device_put(shards[key], device))
+        assert target.sharding is not None
+        # Devices that hold the same rows share one copy on the host.
+        devices_of: dict[str, list[Any]] = {}
+        index_of: dict[str, Any] = {}
+        for device, index in target.sharding.addressable_devices_indices_map(target.shape).items():
+            devices_of.setdefault(str(index), []).append(device)
+            index_of[str(index)] = index
+        shard_bytes = math.prod(target.sharding.shard_shape(target.shape)) * target.dtype.itemsize
+        arrays: list[jax.Array] = []
+        for key, devices in devices_of.items():
+            async with budget.bytes(shard_bytes):
+                shard = await _read_aligned(store[index_of[key]], target.dtype)
+                placed = [jax.device_put(shard, device) for device in devices]
+                # A transfer keeps its host copy until it is done: the bytes are free only then.
+                await asyncio.to_thread(jax.block_until_ready, placed)
+                del shard
+            arrays += placed
         return jax.make_array_from_single_device_arrays(target.shape, target.sharding, arrays)
 
 

@@ -14,7 +14,10 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from m3_jax import M3Config
 from m3_jax.cli import main
+from m3_jax.mesh_option import AXES, parse_mesh
+from m3_jax.sharding import MESH_AXES
 from m3_jax.text import Text
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -174,6 +177,61 @@ def test_sampling_follows_its_seed() -> None:
     assert run_json("--prompt", PROMPT, *new_tokens(16), "--temperature", "9", "--min-p", "1") == cold
 
 
+def run_random(*arguments: str, stdin: str = "5 6 7 8", config: str = "tiny") -> Result:
+    """With random weights, from token ids on standard input."""
+    arguments = ("--random-weights", config, *arguments, *new_tokens(6), "-")
+    return CliRunner().invoke(main, arguments, input=stdin, catch_exceptions=False)
+
+
+def test_random_weights(tmp_path: Path) -> None:
+    expected = run_random()
+    assert (expected.exit_code, expected.stderr) == (0, "")
+    assert 1 <= len(expected.stdout.split()) <= 6
+    assert run_random("--weights-seed", "0", "--dtype", "bfloat16").stdout == expected.stdout
+    assert run_random("--weights-seed", "1").stdout != expected.stdout
+    (tmp_path / "ids").write_text("5 6 7 8")
+    arguments = ["--random-weights", "tiny", "--prompt-tokens", str(tmp_path / "ids"), *new_tokens(6), "--json"]
+    result = json.loads(CliRunner().invoke(main, arguments, catch_exceptions=False).stdout)
+    assert " ".join(map(str, result["tokens"])) + "\n" == expected.stdout
+    (tmp_path / "small.json").write_text(json.dumps(M3Config.tiny().to_hf()))
+    assert run_random(config=str(tmp_path / "small.json")).stdout == expected.stdout
+    fails(run_random(config="m4"), "config 'm4': must be m3, tiny or the path of a config.json")
+    (tmp_path / "small.json").write_text("{}")
+    fails(run_random(config=str(tmp_path / "small.json")), "small.json: ")
+
+
+def test_a_mesh() -> None:
+    expected = run_json("--prompt", PROMPT, *new_tokens())
+    result = run_json("--prompt", PROMPT, *new_tokens(), "--mesh", "expert=1, tensor=2")
+    assert result["tokens"] == expected["tokens"]
+    assert result["logprobs"] == pytest.approx(expected["logprobs"], abs=1e-4)
+    fails(run("--prompt", PROMPT, "--mesh", "tensor=4,data=64"), "needs 256 devices, there are")
+    fails(run("--prompt", PROMPT, "--mesh", "tensor=7"), "over the 7 devices of mesh axis 'tensor'")
+
+
+def test_the_axes_of_a_mesh() -> None:
+    assert parse_mesh("tensor=4,data=2") == {"data": 2, "expert": 1, "tensor": 4}
+    assert parse_mesh(" data = 2 , tensor=4") == parse_mesh("tensor=4,data=2,expert=1")
+    assert tuple(parse_mesh("expert=8")) == AXES == MESH_AXES
+
+
+@pytest.mark.parametrize(
+    ("mesh", "words"),
+    [
+        ("tensor", "entry 'tensor': must be one of data, expert, tensor, an equals sign and a number of devices"),
+        ("tensors=2", "entry 'tensors=2': must be one of data, expert, tensor"),
+        ("tensor=2,tensor=4", "entry 'tensor=4': tensor is there twice"),
+        ("tensor=0", "entry 'tensor=0': the number of devices must be an integer of at least 1"),
+        ("tensor=2,data=x", "entry 'data=x': the number"),
+        ("tensor=2,", "mesh 'tensor=2,': entry '': must be one of"),
+    ],
+)
+def test_meshes_that_are_none(mesh: str, words: str) -> None:
+    result = run("--prompt", "x", "--mesh", mesh)
+    assert result.exit_code == 2
+    assert words in " ".join(result.stderr.split())
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -188,6 +246,11 @@ def test_sampling_follows_its_seed() -> None:
         ("--prompt", "x", "--seed", "-1"),
         ("--prompt", "x", "--dtype", "int8"),
         ("elsewhere",),
+        ("--random-weights", "tiny", "-"),
+        ("--prompt", "x", "--weights-seed", "1"),
+        ("--prompt", "x", "--num-processes", "2", "--process-id", "0"),
+        ("--prompt", "x", "--coordinator", "host:1", "--num-processes", "2"),
+        ("--prompt", "x", "--coordinator", "auto", "--num-processes", "2", "--process-id", "0"),
     ],
 )
 def test_usage_errors(arguments: tuple[str, ...]) -> None:
@@ -195,6 +258,13 @@ def test_usage_errors(arguments: tuple[str, ...]) -> None:
     assert result.exit_code == 2
     assert result.stdout == ""
     assert "Error: " in result.stderr
+
+
+@pytest.mark.parametrize("arguments", [("-",), ("--random-weights", "tiny", "--prompt", "x")])
+def test_usage_errors_of_random_weights(arguments: tuple[str, ...]) -> None:
+    result = CliRunner().invoke(main, arguments, input="1 2", catch_exceptions=False)
+    assert result.exit_code == 2
+    assert "--random-weights" in result.stderr
 
 
 def test_errors_are_one_line(copy: Path, tmp_path: Path) -> None:

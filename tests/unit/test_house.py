@@ -15,6 +15,8 @@ ALLOWED = {
     "m3_jax": {"pallas_kernels"},
     "checkpoints_convert": {"m3_jax"},
 }
+# Of the extra `triton`.
+OPTIONAL = {"jax_triton", "triton"}
 
 
 def imported_packages(path: Path) -> set[str]:
@@ -50,7 +52,12 @@ def public_objects() -> list[tuple[str, object]]:
         root = importlib.import_module(package)
         modules = [package, *(m.name for m in pkgutil.walk_packages(root.__path__, f"{package}."))]
         for name in modules:
-            module = importlib.import_module(name)
+            try:
+                module = importlib.import_module(name)
+            except ModuleNotFoundError as error:
+                if error.name not in OPTIONAL:
+                    raise
+                continue
             found.append((name, module))
             for key, value in vars(module).items():
                 if key.startswith("_") or getattr(value, "__module__", None) != name:

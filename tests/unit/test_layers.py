@@ -8,9 +8,9 @@ import oracle
 import pytest
 
 from m3_jax import M3Config, M3ForCausalLM
-from m3_jax.grouped_matmul import grouped_matmul
 from m3_jax.layers import SwiGLUOAI, rotary_tables, rotate
 from m3_jax.moe import SparseMoeBlock
+from pallas_kernels import grouped_matmul
 
 TINY = M3Config.tiny()
 RNG = np.random.RandomState(3)
@@ -53,28 +53,6 @@ def test_swiglu_oai_clamps_gate_from_above_alone() -> None:
     out = SwiGLUOAI(**constants)(gate, up)
     np.testing.assert_allclose(out, oracle.swiglu_oai(gate, up, **constants), rtol=1e-5, atol=1e-6)
     assert out[np.argmin(gate)] == pytest.approx(0, abs=1e-6)  # a clamp from below would give about -6 here
-
-
-@pytest.mark.parametrize("shape", [(1, 8), (3, 40), (11, 37), (11, 400), (4, 900)])
-@pytest.mark.parametrize("skew", ["random", "one group", "empty groups", "rows of no group"])
-def test_grouped_matmul(shape: tuple[int, int], skew: str) -> None:
-    groups, rows = shape
-    draw = np.random.RandomState(rows)
-    sizes = {
-        "random": draw.multinomial(rows, np.ones(groups) / groups),
-        "one group": np.eye(groups, dtype=int)[groups // 2] * rows,
-        "empty groups": draw.multinomial(rows, (np.arange(groups) % 2 == 0) / ((groups + 1) // 2)),
-        "rows of no group": draw.multinomial(rows // 2, np.ones(groups) / groups),
-    }[skew]
-    x = draw.standard_normal((rows, 12)).astype(np.float32)
-    weights = draw.standard_normal((groups, 10, 12)).astype(np.float32)
-    expected = np.zeros((rows, 10))
-    start = 0
-    for group, size in enumerate(sizes):
-        expected[start : start + size] = x[start : start + size].astype(np.float64) @ weights[group].T
-        start += size
-    out = jax.jit(grouped_matmul)(x, weights, jnp.asarray(sizes, jnp.int32))
-    np.testing.assert_allclose(out, expected, atol=1e-5)
 
 
 def test_grouped_matmul_reads_and_multiplies_what_has_rows() -> None:
