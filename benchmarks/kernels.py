@@ -4,8 +4,8 @@
 
 FOLDER holds index_topk.py and sparse_attn.py out of a vLLM wheel (vllm/models/minimax_m3/common/ops of 0.33.0).
 A case is run over several block tables of one pool of pages, together larger than the L2 cache, in one jitted call
-(ours) and in one CUDA graph (vLLM's); `call` is the time of the whole call over the number of tables, gaps between
-kernels included, and `kernels` the sum of the kernels' durations as CUPTI gives them. Medians, in microseconds.
+(ours) and in one CUDA graph (vLLM's). `call` is the time of the whole call over the number of tables, the host's work
+included, and `kernels` the sum of the kernels' durations as CUPTI gives them. Medians, in microseconds.
 The floor is the bytes at the card's measured copy rate or the FLOPs at its measured bfloat16 rate, whichever is longer.
 """
 
@@ -13,22 +13,23 @@ import argparse
 import datetime
 import functools
 import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import types
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from vllm_ops import VllmOps
 
 PAGE, DIM, GROUP, TOP_K = 128, 128, 16, 16
 BYTES_PER_S, FLOPS_PER_S = 4.3e12, 790e12
@@ -54,12 +55,30 @@ class Decode:
     def pages(self) -> int:
         return -(-self.context // PAGE)
 
+    @property
+    def rows(self) -> int:
+        return self.batch * self.queries
+
     def floors(self) -> dict[str, float]:
         index = self.batch * self.pages * PAGE * DIM * 2
         chosen = min(TOP_K, self.pages)
         attention = self.batch * self.queries * self.kv_heads * chosen * PAGE * 2 * DIM * 2
-        floors = {"index": index, "attention": attention, "both": index + attention}
-        return {op: num_bytes / BYTES_PER_S * 1e6 for op, num_bytes in floors.items()}
+        return {"both": (index + attention) / BYTES_PER_S * 1e6}
+
+    def goals(self) -> dict[str, float]:
+        """Microseconds that were aimed at."""
+        goals = {
+            (1, 8192, 1): 11,
+            (1, 131_072, 1): 17,
+            (1, 1_048_576, 1): 74,
+            (16, 32_768, 1): 54,
+            (64, 8192, 1): 108,
+            (64, 32_768, 1): 200,
+            (128, 8192, 1): 205,
+            (16, 32_768, 4): 105,
+        }
+        goal = goals.get((self.batch, self.context, self.queries))
+        return {"both": goal} if goal is not None and self.kv_heads == 4 else {}
 
     def num_tables(self) -> int:
         per_call = self.floors()["both"] * 1e-6 * BYTES_PER_S
@@ -82,6 +101,10 @@ class Prefill:
     def pages(self) -> int:
         return (self.tokens + self.prefix) // PAGE
 
+    @property
+    def rows(self) -> int:
+        return self.tokens
+
     def floors(self) -> dict[str, float]:
         position = np.arange(self.prefix, self.prefix + self.tokens, dtype=np.int64)
         scores = (position + 1).sum() * self.kv_heads * DIM * 2
@@ -92,9 +115,20 @@ class Prefill:
         attention = float(attention) / FLOPS_PER_S
         return {"index": index * 1e6, "attention": attention * 1e6}
 
+    def goals(self) -> dict[str, float]:
+        """Microseconds that were aimed at: for 8 K queries of 64 heads, and in proportion to the floor for others."""
+        basis = Prefill(8192, 122_880 if self.prefix else 0)
+        random, smooth, index = (1500, 1250, 1350) if self.prefix else (1280, 1100, 60)
+        attention = smooth if self.pattern == "smooth" else random
+        goals = {"attention": attention * self.floors()["attention"] / basis.floors()["attention"]}
+        if (self.tokens, self.kv_heads) == (8192, 4) and self.prefix in (0, 122_880):
+            goals["index"] = index
+        return goals
+
 
 CASES: tuple[Decode | Prefill, ...] = (
     Decode(1, 8192),
+    Decode(1, 32_768),
     Decode(1, 131_072),
     Decode(1, 1_048_576),
     Decode(16, 32_768),
@@ -105,19 +139,31 @@ CASES: tuple[Decode | Prefill, ...] = (
     Decode(1, 131_072, kv_heads=1),
     Decode(64, 32_768, kv_heads=1),
     Prefill(8192, 0),
+    Prefill(8192, 24_576),
     Prefill(8192, 122_880),
     Prefill(32_768, 0),
     Prefill(8192, 0, pattern="smooth"),
     Prefill(8192, 122_880, pattern="smooth"),
+    Prefill(32_768, 0, pattern="smooth"),
     Prefill(8192, 0, kv_heads=1),
     Prefill(8192, 122_880, kv_heads=1),
     Prefill(32_768, 0, kv_heads=1),
+    Prefill(8192, 0, kv_heads=1, pattern="smooth"),
+    Prefill(8192, 122_880, kv_heads=1, pattern="smooth"),
+    Prefill(32_768, 0, kv_heads=1, pattern="smooth"),
 )
+# Shapes of which nothing was compiled before: each is compiled for all four operations.
+COMPILED = ((Decode(32, 16_384), Prefill(4096, 12_288)), (Decode(8, 65_536), Prefill(2048, 30_720)))
+MOST_COMPILE_S = 5.0
+COMPILERS = 8
+# What the process with vLLM's kernels says when they are compiled.
+READY = "ready"
 
 
-def index_queries(case: Decode | Prefill, rows: int) -> np.ndarray:
+def index_queries(case: Decode | Prefill) -> np.ndarray:
     """Standard normal; "smooth" ones agree with their 63 neighbours up to noise, as a trained model's do."""
     rng = np.random.default_rng(1)
+    rows = case.rows
     queries = rng.standard_normal((rows, case.kv_heads, DIM), np.float32)
     if isinstance(case, Prefill) and case.pattern == "smooth":
         base = rng.standard_normal((-(-rows // 64), case.kv_heads, DIM), np.float32)
@@ -135,59 +181,104 @@ def tables(case: Decode | Prefill) -> tuple[int, np.ndarray]:
     return num_pages, np.stack(each).astype(np.int32)
 
 
-def ours(case: Decode | Prefill) -> dict[str, dict[str, float]]:
-    """Times of each operation: {"index": {"call": us, "kernels": us, "launches": n}, ...}."""
+def inputs(case: Decode | Prefill) -> dict[str, Any]:
+    """The arrays of a case, by name: one pool of pages, its block tables, and everything else but the chosen blocks."""
     import jax
     import jax.numpy as jnp
 
-    import pallas_kernels as ops
-
-    num_pages, table = tables(case)
-    count, batch = table.shape[0], table.shape[1]
-    rows = case.batch * case.queries if isinstance(case, Decode) else case.tokens
+    (num_pages, table), rows = tables(case), case.rows
     keys = jax.random.split(jax.random.key(0), 4)
 
     def normal(key, *shape):
         return jax.random.normal(key, shape, jnp.bfloat16)
 
-    kv_heads = case.kv_heads
-    index_q = jnp.asarray(index_queries(case, rows), jnp.bfloat16)
-    index_k = normal(keys[0], num_pages, PAGE, DIM)
-    k, v = (normal(key, num_pages, kv_heads, PAGE, DIM) for key in keys[1:3])
-    q = normal(keys[3], rows, GROUP * kv_heads, DIM)
-    block_tables = [jnp.asarray(t) for t in table]
     if isinstance(case, Decode):
-        lengths = (jnp.full((batch,), case.context, jnp.int32),)
+        lengths = ([case.context] * case.batch,)
+    else:
+        lengths = ([0, rows], [rows + case.prefix], [case.prefix])
+    return {
+        "index_q": jnp.asarray(index_queries(case), jnp.bfloat16),
+        "index_k": normal(keys[0], num_pages, PAGE, DIM),
+        "k": normal(keys[1], num_pages, case.kv_heads, PAGE, DIM),
+        "v": normal(keys[2], num_pages, case.kv_heads, PAGE, DIM),
+        "q": normal(keys[3], rows, GROUP * case.kv_heads, DIM),
+        "tables": [jnp.asarray(t) for t in table],
+        "lengths": tuple(jnp.asarray(x, jnp.int32) for x in lengths),
+    }
+
+
+def operations(case: Decode | Prefill) -> tuple[Any, Any]:
+    """The choice of blocks and the attention."""
+    import pallas_kernels as ops
+
+    if isinstance(case, Decode):
         topk, attend = ops.index_topk_decode, ops.sparse_attention_decode
     else:
-        lengths = tuple(jnp.asarray(x, jnp.int32) for x in ([0, rows], [rows + case.prefix], [case.prefix]))
         topk, attend = ops.index_topk_prefill, ops.sparse_attention_prefill
-    topk = functools.partial(topk, top_k=TOP_K, impl="mosaic_gpu")
-    attend = functools.partial(attend, impl="mosaic_gpu")
+    return functools.partial(topk, top_k=TOP_K, impl="mosaic_gpu"), functools.partial(attend, impl="mosaic_gpu")
 
-    def few(results):
-        # One number each: a call that returns them whole is busy with its results.
-        return results if len(results) == 1 else jnp.stack([result.reshape(-1)[0] for result in results])
 
-    def index(index_q, index_k, lengths, block_tables):
-        return few([topk(index_q, index_k, t, *lengths) for t in block_tables])
+def calls(case: Decode | Prefill) -> dict[str, Callable[[dict[str, Any]], Any]]:
+    """What is timed, as functions of `inputs` and, for the attention alone, of "ids": the chosen blocks."""
+    import jax
 
-    def attention(q, k, v, ids, lengths, block_tables):
-        return few([attend(q, k, v, i, t, *lengths) for i, t in zip(ids, block_tables, strict=True)])
+    topk, attend = operations(case)
 
-    def both(index_q, index_k, q, k, v, lengths, block_tables):
-        # Each call waits for the one before, as the layers of a model do.
-        for t in block_tables:
-            q = attend(q, k, v, topk(index_q, index_k, t, *lengths), t, *lengths)
-            index_q = q[:, ::GROUP]
+    def index(a):
+        return topk(a["index_q"], a["index_k"], a["tables"][0], *a["lengths"])
+
+    def attention(a):
+        return attend(a["q"], a["k"], a["v"], a["ids"], a["tables"][0], *a["lengths"])
+
+    def both(a):
+        q, index_q = a["q"], a["index_q"]
+        # Each table's call waits for the one before, as the layers of a model do.
+        for table in a["tables"]:
+            ids = topk(index_q, a["index_k"], table, *a["lengths"])
+            q = attend(q, a["k"], a["v"], ids, table, *a["lengths"])
+            index_q, q = jax.lax.optimization_barrier((index_q, q))
         return q
 
-    times = {"index": time_jitted(jax.jit(index), count, index_q, index_k, lengths, block_tables)}
-    ids = [jax.jit(topk)(index_q, index_k, t, *lengths) for t in block_tables]
-    times["attention"] = time_jitted(jax.jit(attention), count, q, k, v, ids, lengths, block_tables)
-    if isinstance(case, Decode):
-        times["both"] = time_jitted(jax.jit(both), count, index_q, index_k, q, k, v, lengths, block_tables)
-    return times
+    return {"both": both} if isinstance(case, Decode) else {"index": index, "attention": attention}
+
+
+def shapes(case: Decode | Prefill) -> dict[str, Any]:
+    """Shapes of `inputs`, with the chosen blocks."""
+    import jax
+    import jax.numpy as jnp
+
+    ids = jax.ShapeDtypeStruct((case.rows, case.kv_heads, TOP_K), jnp.int32)
+    return jax.eval_shape(functools.partial(inputs, case)) | {"ids": ids}
+
+
+def compile_all(cases: list[Decode | Prefill]) -> dict[tuple[Decode | Prefill, str], Any]:
+    """Every call of the cases, compiled beside one another; cases that differ in nothing but values share theirs."""
+    import jax
+
+    alike = {case: replace(case, pattern="random") if isinstance(case, Prefill) else case for case in cases}
+
+    def compiled(case: Decode | Prefill, call: Callable[[dict[str, Any]], Any]) -> Any:
+        return jax.jit(call, keep_unused=True).lower(shapes(case)).compile()
+
+    with ThreadPoolExecutor(COMPILERS) as pool:
+        futures = {
+            (case, op): pool.submit(compiled, case, call)
+            for case in dict.fromkeys(alike.values())
+            for op, call in calls(case).items()
+        }
+    return {(case, op): futures[alike[case], op].result() for case in cases for op in calls(case)}
+
+
+def ours(case: Decode | Prefill, compiled: dict[tuple[Decode | Prefill, str], Any]) -> dict[str, dict[str, float]]:
+    """Times of each operation: {"index": {"call": us, "kernels": us, ...}, ...}."""
+    import jax.numpy as jnp
+
+    arrays = inputs(case)
+    count = len(arrays["tables"])
+    arrays["ids"] = jnp.zeros((case.rows, case.kv_heads, TOP_K), jnp.int32)
+    if isinstance(case, Prefill):
+        arrays["ids"] = compiled[case, "index"](arrays)
+    return {op: time_jitted(compiled[case, op], count, arrays) for op in calls(case)}
 
 
 def time_jitted(function: Any, count: int, *args: Any) -> dict[str, Any]:
@@ -195,16 +286,13 @@ def time_jitted(function: Any, count: int, *args: Any) -> dict[str, Any]:
     import jax
     from jax.experimental.mosaic.gpu import profiler
 
-    started = time.perf_counter()
-    jax.block_until_ready(function(*args))
-    compile_s = time.perf_counter() - started
-    repeats = []
-    for _ in range(5):
+    def seconds(calls: int) -> float:
         started = time.perf_counter()
-        results = [function(*args) for _ in range(4)]
-        jax.block_until_ready(results)
-        repeats.append((time.perf_counter() - started) / 4)
-        del results
+        jax.block_until_ready([function(*args) for _ in range(calls)])
+        return time.perf_counter() - started
+
+    seconds(1)
+    calls = [seconds(4) / 4 for _ in range(5)]
     iterations: Any
     _, iterations = profiler.Cupti(finalize=False).measure(function, aggregate=False, iterations=3)(*args)
     assert iterations is not None
@@ -214,100 +302,70 @@ def time_jitted(function: Any, count: int, *args: Any) -> dict[str, Any]:
         by_name[name[:48]] = by_name.get(name[:48], 0) + duration * 1e3 / count
     largest = sorted(by_name.items(), key=lambda item: -item[1])[:8]
     return {
-        "call": statistics.median(repeats) * 1e6 / count,
+        "call": statistics.median(calls) * 1e6 / count,
         "kernels": statistics.median(totals) * 1e3 / count,
         "launches": len(iterations[0]) / count,
-        "compile_s": compile_s,
         "by_kernel": {name: round(value, 2) for name, value in largest},
     }
 
 
-def load_vllm(folder: Path) -> tuple[Any, Any]:
-    """The two modules of a vLLM wheel, with stand-ins for the little of vLLM that they import."""
-    import torch  # pyright: ignore[reportMissingImports]
-    import triton  # pyright: ignore[reportMissingImports]
-    import triton.language as tl  # pyright: ignore[reportMissingImports]
-
-    def stub(name: str, **attributes: Any) -> None:
-        module = types.ModuleType(name)
-        vars(module).update(attributes)
-        sys.modules[name] = module
-
-    class CurrentPlatform:
-        is_cuda = staticmethod(lambda: True)
-        is_rocm = staticmethod(lambda: False)
-        is_device_capability = staticmethod(lambda c: torch.cuda.get_device_capability() == c)
-        is_arch_support_pdl = staticmethod(lambda: torch.cuda.get_device_capability()[0] >= 9)
-
-    stub("vllm")
-    stub("vllm.platforms", current_platform=CurrentPlatform)
-    stub("vllm.triton_utils", tl=tl, triton=triton)
-    stub("vllm.utils")
-    stub("vllm.utils.math_utils", round_up=lambda x, y: (x + y - 1) // y * y)
-
-    def load(name: str) -> Any:
-        spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-
-    return load("index_topk"), load("sparse_attn")
-
-
-def vllm(case: Decode | Prefill, folder: Path) -> dict[str, dict[str, float]]:
-    """Times of vLLM's operations on inputs like ours: {"index": {"call": us}, ...}."""
+def vllm_calls(case: Decode | Prefill, ops: VllmOps) -> tuple[int, dict[str, Callable[[], Any]]]:
+    """Block tables, and vLLM's operations on all of them, on inputs like ours."""
     import torch  # pyright: ignore[reportMissingImports]
 
-    index, attention = load_vllm(folder)
     torch.manual_seed(0)
     num_pages, table = tables(case)
     count, batch = table.shape[0], table.shape[1]
     kv_heads = case.kv_heads
-    rows = case.batch * case.queries if isinstance(case, Decode) else case.tokens
+    rows = case.rows
 
     def normal(*shape: int) -> Any:
         return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
 
-    index_q = torch.tensor(index_queries(case, rows), device="cuda").to(torch.bfloat16)
+    def ints(*values: int) -> Any:
+        return torch.tensor(values, device="cuda", dtype=torch.int32)
+
+    index_q = torch.tensor(index_queries(case), device="cuda").to(torch.bfloat16)
     index_k, kv = normal(num_pages, PAGE, DIM), normal(num_pages, kv_heads, PAGE, 2 * DIM)
     q = normal(rows, GROUP * kv_heads, DIM)
     out = torch.empty_like(q)
     block_tables = [torch.tensor(t, device="cuda") for t in table]
-    scale = DIM**-0.5
-
-    def ints(*values: int) -> Any:
-        return torch.tensor(values, device="cuda", dtype=torch.int32)
-
     if isinstance(case, Decode):
-        lens = ints(*[case.context] * batch)
-        shape = (case.context, TOP_K, 0, 1, kv_heads, case.queries, case.queries)
-
-        def choose(t: Any) -> Any:
-            return index.minimax_m3_index_decode(index_q, index_k, t, lens, *shape)
-
-        def attend(t: Any, ids: Any) -> Any:
-            attention.minimax_m3_sparse_attn_decode(q, kv, ids, t, lens, kv_heads, scale, out, case.queries)
+        lengths, tokens, context = (ints(*[case.context] * batch),), case.queries, case.context
     else:
-        cu, lens, prefix = ints(0, rows), ints(rows + case.prefix), ints(case.prefix)
+        tokens, context = rows, rows + case.prefix
+        lengths = (ints(0, rows), ints(context), ints(case.prefix))
 
-        def choose(t: Any) -> Any:
-            total = rows + case.prefix
-            score = index.minimax_m3_index_score(index_q, index_k, t, cu, lens, prefix, rows, total, kv_heads)
-            return index.minimax_m3_index_topk(score, cu, prefix, rows, TOP_K, 0, 1)
+    def choose(t: Any) -> Any:
+        return ops.choose(index_q, index_k, t, *lengths, tokens=tokens, context=context, top_k=TOP_K)
 
-        def attend(t: Any, ids: Any) -> Any:
-            attention.minimax_m3_sparse_attn(q, kv, ids, t, cu, lens, prefix, rows, kv_heads, scale, out)
+    def attend(t: Any, ids: Any) -> None:
+        ops.attend(q, kv, ids, t, *lengths, tokens=tokens, out=out)
 
-    ids = [choose(t) for t in block_tables]
-    calls: dict[str, Callable[[], Any]] = {
-        "index": lambda: [choose(t) for t in block_tables],
-        "attention": lambda: [attend(t, i) for t, i in zip(block_tables, ids, strict=True)],
-    }
     if isinstance(case, Decode):
-        calls["both"] = lambda: [attend(t, choose(t)) for t in block_tables]
-    return {name: {"call": time_graph(call) / count} for name, call in calls.items()}
+        return count, {"both": lambda: [attend(t, choose(t)) for t in block_tables]}
+    ids = choose(block_tables[0])
+    return count, {"index": lambda: choose(block_tables[0]), "attention": lambda: attend(block_tables[0], ids)}
+
+
+def vllm(cases: list[Decode | Prefill], ops: VllmOps) -> dict[str, dict[str, float]]:
+    """Microseconds of vLLM's operations, by case and operation.
+
+    Runs everything once, since Triton compiles and tunes on the first call, says "ready" and waits for a line.
+    """
+    import torch  # pyright: ignore[reportMissingImports]
+
+    for case in cases:
+        for call in vllm_calls(case, ops)[1].values():
+            call()
+    torch.cuda.synchronize()
+    print(READY, flush=True)
+    sys.stdin.readline()
+    times = {}
+    for case in cases:
+        count, operations = vllm_calls(case, ops)
+        times[case.name] = {op: time_graph(call) / count for op, call in operations.items()}
+    return times
 
 
 def time_graph(call: Callable[[], Any]) -> float:
@@ -332,15 +390,54 @@ def time_graph(call: Callable[[], Any]) -> float:
     return statistics.median(repeats)
 
 
-def run_vllm(names: list[str], folder: Path) -> dict[str, Any]:
-    """vLLM's times of the named cases, in a process of its own: two frameworks do not share a GPU's memory well."""
-    with tempfile.TemporaryDirectory() as temporary:
-        path = Path(temporary) / "vllm.json"
-        command = [sys.executable, __file__, "--vllm", str(folder), "--only-vllm", "--output", str(path)]
-        done = subprocess.run([*command, "--cases", *names], check=False)
-        if done.returncode:
-            raise SystemExit(f"vLLM's kernels ended with {done.returncode}")
-        return json.loads(path.read_text())
+def compile_times() -> list[dict[str, Any]]:
+    """Seconds that tracing, lowering and compiling the operations for each bucket of shapes in COMPILED take."""
+    import jax
+    import jax.numpy as jnp
+
+    jax.block_until_ready(jnp.zeros(8) + 1)  # the backend starts
+    buckets = []
+    for cases in COMPILED:
+        seconds = {}
+        for case in cases:
+            a = shapes(case)
+            arguments = (
+                (a["index_q"], a["index_k"], a["tables"][0], *a["lengths"]),
+                (a["q"], a["k"], a["v"], a["ids"], a["tables"][0], *a["lengths"]),
+            )
+            for operation, args in zip(operations(case), arguments, strict=True):
+                started = time.perf_counter()
+                jax.jit(operation).lower(*args).compile()
+                seconds[operation.func.__name__] = time.perf_counter() - started
+        names = [case.name for case in cases]
+        buckets.append({"cases": names, "seconds": seconds, "total": sum(seconds.values()), "goal": MOST_COMPILE_S})
+    return buckets
+
+
+class Part:
+    """This script in a process of its own, with `--only` and other arguments, and what it writes."""
+
+    def __init__(self, *arguments: str) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        self._path = Path(self._folder.name) / "part.json"
+        command = [sys.executable, __file__, *arguments, "--output", str(self._path)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def ready(self) -> None:
+        """Waits until it says so, or ends; what else it says is printed."""
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.strip() == READY:
+                return
+            print(line, end="", flush=True)
+
+    def result(self) -> Any:
+        """Lets it go on, and waits for what it writes; None, with a message, where it failed."""
+        self._process.communicate("go\n")
+        if self._process.returncode:
+            print(f"{self._process.args} ended with {self._process.returncode}", flush=True)
+            return None
+        return json.loads(self._path.read_text())
 
 
 def environment() -> dict[str, Any]:
@@ -351,7 +448,7 @@ def environment() -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "command": "python benchmarks/kernels.py " + " ".join(sys.argv[1:]),
+        "command": shlex.join(["python", "benchmarks/kernels.py", *sys.argv[1:]]),
     }
 
 
@@ -360,31 +457,57 @@ def main() -> None:
     parser.add_argument("--vllm", type=Path)
     parser.add_argument("--cases", nargs="*", default=[""], help="parts of the names of the cases to run")
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--only-vllm", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--only", choices=("vllm", "compile"), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    cases = [case for case in CASES if any(part in case.name for part in args.cases)]
-    if args.only_vllm:
-        args.output.write_text(json.dumps({case.name: vllm(case, args.vllm) for case in cases}))
-        return
-    peer = run_vllm([case.name for case in cases], args.vllm) if args.vllm else {}
-    # jax takes most of the memory when it starts: after vLLM's process has ended.
+    # Before jax starts, which else takes most of the memory.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    cases = [case for case in CASES if any(part in case.name for part in args.cases)]
+    if args.only == "compile":
+        args.output.write_text(json.dumps(compile_times()))
+        return
+    if args.only == "vllm":
+        args.output.write_text(json.dumps(vllm(cases, VllmOps(args.vllm))))
+        return
+    started = time.perf_counter()
+
+    def say(text: str) -> None:
+        print(f"{time.perf_counter() - started:4.0f} s: {text}", flush=True)
+
+    buckets = Part("--only", "compile").result() or []
+    for bucket in buckets:
+        say(f"{' and '.join(bucket['cases'])} compiled in {bucket['total']:.1f} s: {bucket['seconds']}")
+    # Two frameworks do not share a GPU's memory well, but both compile for a minute before anything is timed.
+    names = [case.name for case in cases]
+    peer = Part("--only", "vllm", "--vllm", str(args.vllm), "--cases", *names) if args.vllm else None
+    compiled = compile_all(cases)
+    say("compiled everything")
+    theirs = {}
+    if peer:
+        peer.ready()
+        say("vLLM's kernels are compiled")
+        theirs = peer.result() or {}
+        say("vLLM's kernels are timed")
     results = []
-    print(f"{'case':46} {'operation':10} {'floor':>8} {'vLLM':>8} {'call':>8} {'kernels':>8} launches")
+    columns = ("floor", "vLLM", "goal", "call", "kernels")
+    print(f"{'case':46} {'operation':10}" + "".join(f" {column:>8}" for column in columns) + " launches")
     for case in cases:
-        times, floors = ours(case), case.floors()
+        times, floors, goals = ours(case, compiled), case.floors(), case.goals()
         for op, measured in times.items():
-            theirs = peer.get(case.name, {}).get(op, {}).get("call")
-            results.append({"case": asdict(case), "name": case.name, "op": op, "floor": floors[op], "vllm": theirs})
-            results[-1] |= measured
+            peers, goal = theirs.get(case.name, {}).get(op), goals.get(op)
+            results.append({"case": asdict(case), "name": case.name, "op": op, "floor": floors[op], "vllm": peers})
+            results[-1] |= {"goal": goal, **measured}
             print(
-                f"{case.name:46} {op:10} {floors[op]:8.1f} {theirs or float('nan'):8.1f} {measured['call']:8.1f} "
-                f"{measured['kernels']:8.1f} {measured['launches']:5.1f} {measured['by_kernel']}",
+                f"{case.name:46} {op:10} {floors[op]:8.1f} {peers or float('nan'):8.1f} {goal or float('nan'):8.1f} "
+                f"{measured['call']:8.1f} {measured['kernels']:8.1f} "
+                f"{measured['launches']:5.1f} "
+                f"{measured['by_kernel']}",
                 flush=True,
             )
         if args.output:
+            record = {"environment": environment(), "compile": buckets, "results": results}
             args.output.parent.mkdir(parents=True, exist_ok=True)
-            args.output.write_text(json.dumps({"environment": environment(), "results": results}, indent=1) + "\n")
+            args.output.write_text(json.dumps(record, indent=1) + "\n")
+    say("done")
 
 
 if __name__ == "__main__":

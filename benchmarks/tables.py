@@ -1,4 +1,4 @@
-"""Writes the README's tables from the committed results.
+"""Writes the README's tables, and the plot that it shows, from the committed results.
 
 python benchmarks/tables.py [--check]
 """
@@ -10,8 +10,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import plots
+from kernels import MOST_COMPILE_S  # pyright: ignore[reportAttributeAccessIssue]
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+PLOT = RESULTS / "kernels.svg"
 
 
 def convert_table(record: dict[str, Any]) -> str:
@@ -42,51 +46,140 @@ def convert_table(record: dict[str, Any]) -> str:
 
 
 def kernels_table(record: dict[str, Any]) -> str:
-    """Times of `kernels.json`: both operations of a decode step, and each of a prefill."""
+    """Times of `kernels.json`: both operations of a decode step, and each of a prefill; then the compile times."""
     titles = {"both": "blocks and attention", "index": "blocks", "attention": "attention"}
-    rows = [
-        f"| {result['name']} | {titles[result['op']]} | {result['floor']:,.1f} | {result['vllm']:,.1f} | "
-        f"{result['kernels']:,.1f} | {result['call']:,.1f} |"
+    results = [
+        result
         for result in record["results"]
         if (result["op"] == "both") == result["name"].startswith("decode")
+        and result["vllm"] is not None
+        # Scores and choice do not depend on the pattern.
+        and (result["op"], result["case"].get("pattern")) != ("index", "smooth")
     ]
+    rows, met = [], []
+    ratios: dict[str, list[float]] = {"decode": [], "prefill's blocks": [], "prefill's attention": []}
+    for result in results:
+        goal, ours = result.get("goal"), result["kernels"]
+        ratio = result["vllm"] / ours
+        ratios["decode" if result["op"] == "both" else f"prefill's {titles[result['op']]}"].append(ratio)
+        mark = ""
+        if goal is not None:
+            met.append(ours <= goal)
+            mark = f"{goal:,.0f} {'met' if met[-1] else 'missed'}"
+        times = (result["floor"], result["vllm"], ours, result["call"])
+        shown = " | ".join(f"{time:,.1f}" for time in times)
+        rows.append(f"| {result['name']} | {titles[result['op']]} | {shown} | {ratio:.2f} | {mark} |")
+    ranges = [f"{name} {min(values):.2f} to {max(values):.2f}" for name, values in ratios.items() if values]
+    environment = record["environment"]
+    lines = [
+        "| case | operation | floor | vLLM 0.33 | ours, kernels | ours, call | vLLM / ours | goal |",
+        "|---|---|---|---|---|---|---|---|",
+        *rows,
+        "",
+        f"![times over the context](benchmarks/results/{PLOT.name})",
+        "",
+        f"Microseconds on one {environment['device']}, bf16, {environment['date']}, jax "
+        f'{environment["versions"]["jax"]}, `{environment["command"]}`. "Kernels" is the sum of the kernels\' '
+        "durations, \"call\" the time of a jitted call from an idle GPU on, the host's work included. vLLM's is "
+        "that of a CUDA graph. Ratios and goals go by the kernels; "
+        "a goal for other sizes than 8 K queries of 64 heads is in proportion to "
+        f"the floor. vLLM's time over ours: {', '.join(ranges)}. Of {len(met)} goals {sum(met)} are met.",
+    ]
+    if record.get("compile"):
+        compiled = [f"{bucket['total']:.1f}" for bucket in record["compile"]]
+        lines += [
+            "",
+            "Tracing, lowering and compiling all four operations for a new bucket of shapes took "
+            f"{' s in a new process and '.join(compiled)} s for another bucket (goal {MOST_COMPILE_S:.0f} s); other "
+            "lengths in a bucket compile nothing.",
+        ]
+    return "\n".join(lines)
+
+
+def moe_table(record: dict[str, Any]) -> str:
+    """Times of `moe.json`: the routed experts of one layer."""
+    rows = []
+    for result in record["results"]:
+        peer, goal = result["torch"] or {}, result["goal"]
+        times = [result["floor"], *(peer.get(name) for name in ("matmuls", "activated")), result["matmuls"]]
+        shown = [f"{time:,.0f}" if time else "" for time in times]
+        mark = f"{goal:,.0f} {'met' if result['call'] <= goal else 'missed'}" if goal else ""
+        rows.append(
+            f"| {result['tokens']:,} | {' | '.join(shown)} | {result['kernels']:,.0f} | {result['call']:,.0f} | "
+            f"{result['call'] / result['floor']:.2f} | {mark} |"
+        )
     environment = record["environment"]
     return "\n".join(
         [
-            "| case | operation | floor | vLLM 0.33 | ours, kernels | ours, call |",
-            "|---|---|---|---|---|---|",
+            "| tokens | floor | torch, matmuls | torch, with activation | ours, matmuls with activation | "
+            "ours, kernels | ours, call | call / floor | goal |",
+            "|---|---|---|---|---|---|---|---|---|",
             *rows,
             "",
-            f"Microseconds on one {environment['device']}, bf16, {environment['date']}, jax "
-            f'{environment["versions"]["jax"]}, `{environment["command"]}`. "Kernels" is the sum of the kernels\' '
-            'durations, "call" the time of the jitted call with the gaps between them, as vLLM\'s CUDA graph has them.',
+            f"Microseconds of the routed experts of one layer (128, 4 a token, random) on one {environment['device']}, "
+            f"bf16, {environment['date']}, jax {environment['versions']['jax']}, torch {environment['torch']} "
+            f'(`torch._grouped_mm`, rows sorted already), `{environment["command"]}`. "Kernels" and "call" are all '
+            "that happens behind the router, as above; goals go by the call.",
         ]
     )
 
 
-TABLES = {"convert": convert_table, "kernels": kernels_table}
+def decode_step_table(record: dict[str, Any]) -> str:
+    """Times of `decode_step.json`, and the ten longest kernels of its longest step's case of one sequence."""
+    rows = [
+        f"| {result['name']} | {result['floor']:,.0f} | {result['kernels']:,.0f} | "
+        f"{result['call']:,.0f} | {result['launches']:,.0f} | {result['kernels'] / result['floor']:.2f} |"
+        for result in record["results"]
+    ]
+    environment = record["environment"]
+    lines = [
+        "| case | floor | kernels | call | launches | kernels / floor |",
+        "|---|---|---|---|---|---|",
+        *rows,
+        "",
+        f"Microseconds on one {environment['device']}, bf16, {environment['date']}, jax "
+        f"{environment['versions']['jax']}, `{environment['command']}`. A module is a sparse layer's attention from "
+        "its input to its output projection; a step is embedding, three dense and three sparse layers and the final "
+        'norm, "with head" also the logits and the greedy choice. "Call" is from an idle GPU on, where so few layers '
+        "wait for the host.",
+    ]
+    profiled = next((r for r in record["results"] if r["case"]["what"] == "step" and r["case"]["batch"] == 1), None)
+    if profiled is not None:
+        lines += ["", f"The longest kernels of {profiled['name']}:", "", "| kernel | launches | us | floor |"]
+        lines += ["|---|---|---|---|"]
+        for row in profiled["longest"]:
+            what = "" if row["what"] == row["kernel"] else f": {row['what']}"
+            floor = "" if row["floor"] is None else f"{row['floor']:,.1f}"
+            lines.append(f"| `{row['kernel']}`{what} | {row['launches']:.0f} | {row['us']:,.1f} | {floor} |")
+    return "\n".join(lines)
+
+
+TABLES = {"convert": convert_table, "kernels": kernels_table, "moe": moe_table, "decode_step": decode_step_table}
+MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def with_tables(readme: str) -> str:
     """The README with what stands between the markers of every table made anew."""
-    for name, table in TABLES.items():
-        record = json.loads((RESULTS / f"{name}.json").read_text())
-        pattern = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        assert len(pattern.findall(readme)) == 1, name
-        readme = pattern.sub(lambda match: f"{match[1]}{table(record)}\n{match[2]}", readme)  # noqa: B023
-    return readme
+
+    def made(match: re.Match[str]) -> str:
+        record = json.loads((RESULTS / f"{match[2]}.json").read_text())
+        return f"{match[1]}{TABLES[match[2]](record)}\n{match[3]}"
+
+    return MARKED.sub(made, readme)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="exit with 1 where the README is out of date")
+    parser.add_argument("--check", action="store_true", help="exit with 1 where the README or the plot is out of date")
     check = parser.parse_args().check
     path = ROOT / "README.md"
     old = path.read_text()
     new = with_tables(old)
+    kernels = json.loads((RESULTS / "kernels.json").read_text())
     if check:
-        sys.exit(int(new != old))
+        sys.exit(int(new != old or not plots.is_of(PLOT, kernels)))
     path.write_text(new)
+    plots.draw(kernels, PLOT)
 
 
 if __name__ == "__main__":
