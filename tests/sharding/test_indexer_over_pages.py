@@ -59,9 +59,7 @@ def generated(model) -> generation.GenerateOutput:
     return generate(model, PROMPTS, max_new_tokens=6, prefill_chunk=32)
 
 
-@pytest.mark.parametrize(
-    "sizes", [{"tensor": 2}, {"tensor": 8}, {"data": 2, "expert": 2, "tensor": 2}], ids=meshes.name
-)
+@pytest.mark.parametrize("sizes", [{"tensor": 8}, {"data": 2, "expert": 2, "tensor": 2}], ids=meshes.name)
 def test_model_over_devices(sizes: dict[str, int], expected: generation.GenerateOutput, monkeypatch):
     """Of few tokens, sharded all the same: one gather of queries and one exchange of candidates a sparse layer."""
     asked: list[Scoring] = []

@@ -72,8 +72,12 @@ def shards_of(model: M3ForCausalLM, path: str) -> list[tuple[int, ...]]:
     return [shard.data.shape for shard in flat[path].addressable_shards]
 
 
-@pytest.mark.parametrize("sizes", MESHES, ids=name)
-@pytest.mark.parametrize("layout", ["src", "dst"])
+# The released layout takes the same way to the devices: three meshes suffice for it.
+@pytest.mark.parametrize(
+    ("layout", "sizes"),
+    [("dst", sizes) for sizes in MESHES] + [("src", MESHES[i]) for i in (2, 5, 8)],
+    ids=lambda value: value if isinstance(value, str) else name(value),
+)
 def test_every_mesh_gets_the_same_values(
     source: Path, expected: dict[str, np.ndarray], layout: str, sizes: dict[str, int]
 ) -> None:
