@@ -200,7 +200,7 @@ def step_call(case: Case) -> tuple[Donating, int, dict[str, float]]:
         return result, output.cache.layers
 
     fixed = (weights, tokens, cache.block_table, cache.seq_lens)
-    experts = chosen_experts(lambda: forward(fixed, cache.layers))
+    experts = chosen_experts(forward, fixed, cache.layers)
     moved: dict[str, float] = {}
     for number in range(config.num_hidden_layers):
         layer = weights["layers"][number]
@@ -220,8 +220,8 @@ def step_call(case: Case) -> tuple[Donating, int, dict[str, float]]:
     return Donating(run, fixed, cache.layers), 1, moved
 
 
-def chosen_experts(forward: Callable[[], Any]) -> list[int]:
-    """How many experts each MoE layer's router chooses for the batch."""
+def chosen_experts(forward: Callable[..., Any], *args: Any) -> list[int]:
+    """How many experts each MoE layer's router chooses for the batch of forward(*args)."""
     found: list[jax.Array] = []
     call = Router.__call__
 
@@ -230,13 +230,13 @@ def chosen_experts(forward: Callable[[], Any]) -> list[int]:
         found.append(ids)
         return weights, ids
 
-    def ids_of() -> list[jax.Array]:
-        forward()
+    def ids_of(*args: Any) -> list[jax.Array]:
+        forward(*args)
         return list(found)
 
     Router.__call__ = recording  # pyright: ignore[reportAttributeAccessIssue]
     try:
-        return [len(np.unique(ids)) for ids in jax.jit(ids_of)()]
+        return [len(np.unique(ids)) for ids in jax.jit(ids_of)(*args)]
     finally:
         Router.__call__ = call
 

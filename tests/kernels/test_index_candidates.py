@@ -19,14 +19,11 @@ BOTH = pytest.mark.parametrize("decode", [False, True], ids=["prefill", "decode"
 SHARES = (1, 2, 3, 8)
 # Those in which something else than the scores of one device may go wrong; each of other sizes is another compilation.
 NAMES = (
-    "short",
     "around-top-k-blocks",
     "all-empty",
-    "mixed-padded",
     "mixed-loose",
     "poison-inf",
     "ties",
-    "all-equal",
     "normal",
     "three-heads-init-1-local-2",
     "one-head-init-2-local-0",
