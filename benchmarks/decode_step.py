@@ -13,16 +13,11 @@ measured copy rate: weights that take part (of the experts those that were chose
 
 import argparse
 import dataclasses
-import datetime
 import functools
-import importlib.metadata
 import json
 import math
 import os
-import platform
 import re
-import shlex
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from kernels import BYTES_PER_S, PACKAGES, time_jitted  # pyright: ignore[reportAttributeAccessIssue]
+from kernels import BYTES_PER_S, environment, time_jitted  # pyright: ignore[reportAttributeAccessIssue]
 
 from m3_jax.attention import Attention
 from m3_jax.cache import Cache, LayerCache, Step
@@ -359,17 +354,9 @@ def main() -> None:
                 print(f"        {duration:9.2f} {name[:120]}")
         if args.output:
             args.output.parent.mkdir(parents=True, exist_ok=True)
-            args.output.write_text(json.dumps({"environment": environment(), "results": results}, indent=1) + "\n")
-
-
-def environment() -> dict[str, Any]:
-    return {
-        "device": jax.devices()[0].device_kind,
-        "date": datetime.date.today().isoformat(),
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in (*PACKAGES, "flax")},
-        "command": shlex.join(["python", "benchmarks/decode_step.py", *sys.argv[1:]]),
-    }
+            args.output.write_text(
+                json.dumps({"environment": environment("flax"), "results": results}, indent=1) + "\n"
+            )
 
 
 if __name__ == "__main__":

@@ -440,15 +440,16 @@ class Part:
         return json.loads(self._path.read_text())
 
 
-def environment() -> dict[str, Any]:
+def environment(*packages: str) -> dict[str, Any]:
+    """Device, date and versions of a benchmark's run, those of `packages` included, and the command as it was given."""
     import jax
 
     return {
         "device": jax.devices()[0].device_kind,
         "date": datetime.date.today().isoformat(),
         "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "command": shlex.join(["python", "benchmarks/kernels.py", *sys.argv[1:]]),
+        "versions": {name: importlib.metadata.version(name) for name in (*PACKAGES, *packages)},
+        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
     }
 
 

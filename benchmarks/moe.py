@@ -15,13 +15,9 @@ are sorted already, and `activated` the same with the activation between them; s
 """
 
 import argparse
-import datetime
 import functools
-import importlib.metadata
 import json
 import os
-import platform
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -29,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from kernels import BYTES_PER_S, FLOPS_PER_S, PACKAGES, time_graph, time_jitted  # pyright: ignore
+from kernels import BYTES_PER_S, FLOPS_PER_S, environment, time_graph, time_jitted  # pyright: ignore
 
 EXPERTS, PER_TOKEN, SIZE, WIDTH = 128, 4, 6144, 3072
 ALPHA, LIMIT, BETA = 1.702, 7.0, 1.0
@@ -151,18 +147,6 @@ def torch_times(tokens: list[int]) -> dict[str, Any]:
         if done.returncode:
             raise SystemExit(f"torch ended with {done.returncode}")
         return json.loads(path.read_text())
-
-
-def environment() -> dict[str, Any]:
-    import jax
-
-    return {
-        "device": jax.devices()[0].device_kind,
-        "date": datetime.date.today().isoformat(),
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "command": shlex.join(["python", "benchmarks/moe.py", *sys.argv[1:]]),
-    }
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import AbstractMesh, Mesh, Sharding, SingleDeviceSharding
+from jax.sharding import AbstractMesh, Mesh, SingleDeviceSharding
 
 from m3_jax.config import M3Config
 from m3_jax.model import M3ForCausalLM
@@ -35,16 +35,12 @@ def abstract_model(
                 f"{jax.process_count()} processes, which have {jax.device_count()} devices"
             )
     graphdef, state = nnx.split(nnx.eval_shape(lambda: M3ForCausalLM(config, dtype=dtype, rngs=nnx.Rngs(0))))
-    single = SingleDeviceSharding(jax.local_devices()[0]) if mesh is None else None
+    single = SingleDeviceSharding(jax.local_devices()[0])
     placed = []
     for path, variable in nnx.to_flat_state(state):
         value = variable.get_value()
-        sharding: Sharding
-        if mesh is None:
-            assert single is not None
-            sharding = single
-        else:
-            sharding = named_sharding(mesh, variable.get_metadata("logical_axes"), value.shape)
+        axes = variable.get_metadata("logical_axes")
+        sharding = single if mesh is None else named_sharding(mesh, axes, value.shape)
         target = jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)
         placed.append((path, variable.replace(target)))
     return nnx.merge(graphdef, nnx.from_flat_state(placed))

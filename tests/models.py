@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from m3_jax import M3Config, M3ForCausalLM
+from m3_jax.sharding import named_sharding
 
 
 def random_model(config: M3Config, *, dtype: str = "float32", seed: int = 0) -> M3ForCausalLM:
@@ -25,6 +27,17 @@ def random_model(config: M3Config, *, dtype: str = "float32", seed: int = 0) -> 
             value = draw.standard_normal(shape) * 1.5 / np.sqrt(inputs)
         values.append((path, variable.replace(jnp.asarray(value, variable.get_value().dtype))))
     return nnx.merge(graphdef, nnx.from_flat_state(values))
+
+
+def placed(model: M3ForCausalLM, mesh: Mesh) -> M3ForCausalLM:
+    """The model with its weights over the mesh."""
+    graphdef, weights = nnx.split(model)
+    flat = []
+    for path, weight in nnx.to_flat_state(weights):
+        value = weight.get_value()
+        sharding = named_sharding(mesh, weight.get_metadata("logical_axes"), value.shape)
+        flat.append((path, weight.replace(jax.device_put(value, sharding))))
+    return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 
 def weights_by_path(model: M3ForCausalLM) -> dict[str, np.ndarray]:

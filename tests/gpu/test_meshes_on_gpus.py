@@ -7,11 +7,9 @@ import jax
 import models
 import numpy as np
 import pytest
-from flax import nnx
 
 from m3_jax import M3Config, M3ForCausalLM, generate, make_mesh
 from m3_jax import moe as moe_module
-from m3_jax.sharding import named_sharding
 
 pytestmark = pytest.mark.gpu
 # Heads as the kernels want them; everything but the KV heads divides by eight.
@@ -57,13 +55,7 @@ def placed(model: M3ForCausalLM, sizes: dict[str, int]) -> M3ForCausalLM:
     needed = int(np.prod(list(sizes.values())))
     if len(jax.devices()) < needed:
         pytest.skip(f"needs {needed} GPUs, there are {len(jax.devices())}")
-    mesh = make_mesh(**sizes, devices=jax.devices())
-    graphdef, weights = nnx.split(model)
-    flat = [
-        (path, w.replace(jax.device_put(w[...], named_sharding(mesh, w.get_metadata("logical_axes"), w[...].shape))))
-        for path, w in nnx.to_flat_state(weights)
-    ]
-    return nnx.merge(graphdef, nnx.from_flat_state(flat))
+    return models.placed(model, make_mesh(**sizes, devices=jax.devices()))
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
+from compilations import COMPILED, TRACED, compilations
 from kernel_cases import Batch, Case, Sizes, make_batch
 
 import pallas_kernels as ops
@@ -21,21 +22,13 @@ RELEASED = Sizes(
     top_k=16,
     dtype="bfloat16",
 )
-EVENTS = ("/jax/core/compile/jaxpr_trace_duration", "/jax/core/compile/backend_compile_duration")
 
 
 @pytest.fixture
 def compiled() -> Iterator[list[str]]:
     """Grows by what jax traces and compiles."""
-    seen: list[str] = []
-
-    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
-        if event in EVENTS:
-            seen.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield seen
-    jax.monitoring.unregister_event_duration_listener(listen)
+    with compilations(TRACED, COMPILED) as seen:
+        yield seen
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,14 @@
 """The model, the meshes and the helpers that the tests of sharded passes share."""
 
 import collections
-import contextlib
 import dataclasses
 import re
-from collections.abc import Iterator
 
 import jax
 import models
-from flax import nnx
 from jax.sharding import Mesh
 
-from m3_jax import M3Config, M3ForCausalLM, make_mesh
-from m3_jax.sharding import named_sharding
+from m3_jax import M3Config, make_mesh
 
 # Every size divides by eight but the KV heads, of which tensor=8 repeats each; sizes that coincide in M3 differ.
 CONFIG = dataclasses.replace(
@@ -44,41 +40,6 @@ def name(sizes: dict[str, int]) -> str:
 
 def mesh(sizes: dict[str, int]) -> Mesh:
     return make_mesh(**sizes, devices=jax.devices("cpu"))
-
-
-def placed(model: M3ForCausalLM, mesh: Mesh) -> M3ForCausalLM:
-    """The model with its weights over the mesh."""
-    graphdef, weights = nnx.split(model)
-    flat = [
-        (
-            path,
-            weight.replace(
-                jax.device_put(
-                    weight.get_value(),
-                    named_sharding(mesh, weight.get_metadata("logical_axes"), weight.get_value().shape),
-                )
-            ),
-        )
-        for path, weight in nnx.to_flat_state(weights)
-    ]
-    return nnx.merge(graphdef, nnx.from_flat_state(flat))
-
-
-@contextlib.contextmanager
-def compilations() -> Iterator[list[str]]:
-    """What XLA compiles meanwhile."""
-    events: list[str] = []
-
-    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
-        del duration_secs, kwargs
-        if event == "/jax/core/compile/backend_compile_duration":
-            events.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield events
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def collectives(compiled: jax.stages.Compiled) -> dict[str, int]:

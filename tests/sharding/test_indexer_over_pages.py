@@ -64,7 +64,7 @@ def test_model_over_devices(sizes: dict[str, int], expected: generation.Generate
     """Of few tokens, sharded all the same: one gather of queries and one exchange of candidates a sparse layer."""
     asked: list[Scoring] = []
     monkeypatch.setattr(index_sharding, "over_pages", lambda scoring: asked.append(scoring) or True)
-    model = meshes.placed(MODEL, meshes.mesh(sizes))
+    model = models.placed(MODEL, meshes.mesh(sizes))
     got = generated(model)
     assert got.tokens == expected.tokens
     for logprobs, wanted in zip(got.logprobs, expected.logprobs, strict=True):
@@ -75,7 +75,7 @@ def test_model_over_devices(sizes: dict[str, int], expected: generation.Generate
 
 
 def test_collectives(monkeypatch):
-    structure, weights = split(meshes.placed(MODEL, meshes.mesh({"tensor": 8})))
+    structure, weights = split(models.placed(MODEL, meshes.mesh({"tensor": 8})))
     cache, hidden = generation._allocate(structure, 2, 96, jnp.dtype("float32"))
     tokens = place(structure.mesh, ("batch", "whole"), np.zeros((2, 16), np.int32))
     lengths = place(structure.mesh, ("batch",), np.full(2, 16, np.int32))

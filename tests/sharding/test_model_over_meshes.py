@@ -9,6 +9,7 @@ import meshes
 import models
 import numpy as np
 import pytest
+from compilations import compilations
 
 from m3_jax import M3ForCausalLM, Sampler, generate, generation
 from m3_jax import model as model_module
@@ -104,9 +105,9 @@ def test_any_mesh_gives_the_same(
     prefill, decode = Recorder(generation._prefill), Recorder(generation._decode_loop)
     monkeypatch.setattr(generation, "_prefill", prefill)
     monkeypatch.setattr(generation, "_decode_loop", decode)
-    found = outputs(meshes.placed(meshes.REFERENCE, meshes.mesh(sizes)))
+    found = outputs(models.placed(meshes.REFERENCE, meshes.mesh(sizes)))
     if sizes:
-        with meshes.compilations() as compiled:
+        with compilations() as compiled:
             assert meshes.collectives(prefill.compiled()) == collectives("prefill", sizes)
             assert meshes.collectives(decode.compiled()) == collectives("decode", sizes)
         assert not compiled
@@ -121,7 +122,7 @@ def test_any_mesh_gives_the_same(
 
 def test_one_prompt_on_many_parts(expected: dict[str, Any]) -> None:
     """A batch smaller than the mesh's parts, streamed. Another prompt in its bucket compiles nothing."""
-    model = meshes.placed(meshes.REFERENCE, meshes.mesh({"data": 2, "expert": 4}))
+    model = models.placed(meshes.REFERENCE, meshes.mesh({"data": 2, "expert": 4}))
     events: list[tuple[int, int, float]] = []
 
     def run(prompt: list[int], stream: Callable[[int, int, float], None]) -> list[list[int]]:
@@ -138,14 +139,14 @@ def test_one_prompt_on_many_parts(expected: dict[str, Any]) -> None:
     tokens = run(PROMPTS[3], lambda *event: events.append(event))
     assert tokens == [expected["sampled tokens"][3]]
     assert [(index, token) for index, token, _ in events] == [(0, token) for token in tokens[0]]
-    with meshes.compilations() as compiled:
+    with compilations() as compiled:
         run(PROMPTS[3][1:], lambda *event: None)
     assert not compiled
 
 
 def test_blocks_over_a_mesh() -> None:
     """The choice of every KV head, whole, where each device has one."""
-    chosen = meshes.placed(meshes.REFERENCE, meshes.mesh({"tensor": 8})).chosen_blocks(TOKENS[:, :40])
+    chosen = models.placed(meshes.REFERENCE, meshes.mesh({"tensor": 8})).chosen_blocks(TOKENS[:, :40])
     expected = meshes.REFERENCE.chosen_blocks(TOKENS[:, :40])
     assert chosen.keys() == expected.keys()
     for layer, ids in chosen.items():
@@ -153,13 +154,13 @@ def test_blocks_over_a_mesh() -> None:
 
 
 def test_caches_hold_their_own_heads_and_pages() -> None:
-    structure, _ = generation.split(meshes.placed(meshes.REFERENCE, meshes.mesh({"tensor": 8})))
+    structure, _ = generation.split(models.placed(meshes.REFERENCE, meshes.mesh({"tensor": 8})))
     cache, _ = generation._allocate(structure, 2, 20, np.dtype("float32"))
     block = CONFIG.sparse_attention.block_size
     shards = cache.layers[1].k.addressable_shards
     assert {shard.data.shape for shard in shards} == {(6, 1, block, CONFIG.head_dim)}
     assert [shard.index[1].start for shard in shards] == [0, 0, 1, 1, 2, 2, 3, 3]
-    structure, _ = generation.split(meshes.placed(meshes.REFERENCE, meshes.mesh({"data": 2, "expert": 2, "tensor": 2})))
+    structure, _ = generation.split(models.placed(meshes.REFERENCE, meshes.mesh({"data": 2, "expert": 2, "tensor": 2})))
     cache, _ = generation._allocate(structure, 8, 20, np.dtype("float32"))
     assert cache.block_table.tolist() == [[0, 1, 2], [3, 4, 5]] * 4
     assert {shard.data.shape for shard in cache.layers[0].k.addressable_shards} == {(6, 2, block, CONFIG.head_dim)}

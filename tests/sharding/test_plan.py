@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import meshes
+import models
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
@@ -41,7 +42,7 @@ def bytes_of_each_device(arrays: Any) -> set[int]:
 @pytest.mark.parametrize("sizes", meshes.SIZES, ids=meshes.name)
 def test_weights_and_cache_to_the_byte(sizes: dict[str, int]) -> None:
     mesh = meshes.mesh(sizes) if sizes else None
-    model = meshes.REFERENCE if mesh is None else meshes.placed(meshes.REFERENCE, mesh)
+    model = meshes.REFERENCE if mesh is None else models.placed(meshes.REFERENCE, mesh)
     planned = plan(meshes.CONFIG, context=CONTEXT, batch=BATCH, mesh=mesh, dtype="float32")
     assert bytes_of_each_device(split(model)[1]) == {planned.weights}
     structure, _ = split(model)

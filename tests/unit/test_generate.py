@@ -1,14 +1,14 @@
 """generate(): tokens, keys, stopping, streaming, compilation, and what it refuses."""
 
-import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import models
 import numpy as np
 import pytest
+from compilations import compilations
 
 from m3_jax import Greedy, M3Config, M3ForCausalLM, Sampler, generate
 from m3_jax.generation import _chunks, _length_bucket
@@ -16,23 +16,6 @@ from m3_jax.generation import _chunks, _length_bucket
 TINY = M3Config.tiny()
 PROMPTS = [models.random_tokens(TINY, n, seed=n).tolist() for n in (83, 20, 1, 100)]
 SAMPLER = Sampler(temperature=1.2, top_k=60, top_p=0.97, min_p=0.01)
-
-
-@contextlib.contextmanager
-def compilations() -> Iterator[list[str]]:
-    """What XLA compiles meanwhile."""
-    events: list[str] = []
-
-    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
-        del duration_secs, kwargs
-        if event == "/jax/core/compile/backend_compile_duration":
-            events.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield events
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def recomputed(model: M3ForCausalLM, prompt: Sequence[int], new: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
