@@ -60,18 +60,18 @@ def _run(heads, cos, sin, pages, slots, *, eps: float, interpret: Any = None):
         cos_gmem, sin_gmem, pages_gmem, slots_gmem = (next(given) for _ in range(4))
         cache_gmem = [None if one.cache is None else next(given) for one in heads]
         out_gmem = [next(given) if one.cache is None else None for one in heads]
-        x_smem, out_smem, norm_smem, barrier = given
+        x_smem, *parts_smem, norm_smem, barrier = given
         row, tile = lax.axis_index("row"), lax.axis_index("tile")
         page, slot = pages_gmem[row], slots_gmem[row]
 
-        def store(source, which, first, count):
+        def store(source, which, first, count, channels):
             if cache_gmem[which] is None:
-                plgpu.copy_smem_to_gmem(source, out_gmem[which].at[row, pl.ds(first, count)])
+                plgpu.copy_smem_to_gmem(source, out_gmem[which].at[row, pl.ds(first, count), channels])
                 return
 
             @pl.when(jnp.logical_and(page >= 0, page < heads[which].cache.shape[0]))
             def _():
-                plgpu.copy_smem_to_gmem(source, cache_gmem[which].at[page, pl.ds(first, count), slot])
+                plgpu.copy_smem_to_gmem(source, cache_gmem[which].at[page, pl.ds(first, count), slot, channels])
 
         has_norm = jnp.bool_(False)
         for number, (which, first, count) in enumerate(tiles):
@@ -106,18 +106,23 @@ def _run(heads, cos, sin, pages, slots, *, eps: float, interpret: Any = None):
             x = x.astype(dtype).astype(jnp.float32)
             cos, sin = spread(cosine, half), spread(sine, half)
             x1, x2 = x[:, :half], x[:, half : 2 * half]
-            out_smem.at[:, pl.ds(0, half)][...] = (x1 * cos - x2 * sin).astype(dtype)
-            out_smem.at[:, pl.ds(half, half)][...] = (x2 * cos + x1 * sin).astype(dtype)
+            parts = [x1 * cos - x2 * sin, x2 * cos + x1 * sin]
             if 2 * half < DIM:
-                out_smem.at[:, pl.ds(2 * half, DIM - 2 * half)][...] = x[:, 2 * half :].astype(dtype)
+                parts.append(x[:, 2 * half :])
+            for part_smem, part in zip(parts_smem, parts, strict=True):
+                part_smem[...] = part.astype(dtype)
 
         plgpu.commit_smem()
         for number, (which, first, count) in enumerate(tiles):
 
             @pl.when(tile == number)
             def _(which=which, first=first, count=count):
-                smem = x_smem if heads[which].norm is None else out_smem
-                store(smem.at[pl.ds(0, count)], which, first, count)
+                if heads[which].norm is None:
+                    store(x_smem.at[pl.ds(0, count)], which, first, count, pl.ds(0, DIM))
+                    return
+                for part_smem, start in zip(parts_smem, (0, half, 2 * half), strict=False):
+                    channels = pl.ds(start, part_smem.shape[1])
+                    store(part_smem.at[pl.ds(0, count)], which, first, count, channels)
 
         plgpu.wait_smem_to_gmem(0)
 
@@ -128,7 +133,9 @@ def _run(heads, cos, sin, pages, slots, *, eps: float, interpret: Any = None):
         grid_names=("row", "tile"),
         scratch_types=[
             plgpu.SMEM((_TILE_HEADS, DIM), dtype),
-            plgpu.SMEM((_TILE_HEADS, DIM), dtype),
+            # One for each part of the channels: Mosaic chooses the swizzle of what has no transforms, and stores
+            # wrongly into a slice that is not aligned with it.
+            *(plgpu.SMEM((_TILE_HEADS, width), dtype) for width in (half, half, DIM - 2 * half) if width),
             plgpu.SMEM((DIM,), dtype),
             plgpu.Barrier(num_arrivals=2),
         ],

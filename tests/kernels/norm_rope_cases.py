@@ -48,6 +48,10 @@ CASES = (
         32,
         "bfloat16",
     ),
+    # What shared memory looks like depends on the numbers of heads: here all divide by 4.
+    Case("released-sizes-dense", ((64, True, False), (4, True, True), (4, False, True)), 5, 128, 128, 32, "bfloat16"),
+    Case("all-channels-dense", ((32, True, False), (8, True, True), (8, False, True)), 3, 128, 128, 64, "float16"),
+    Case("few-heads", ((16, True, False), (1, True, True), (1, False, True)), 3, 128, 128, 16, "bfloat16"),
     Case(
         "more-than-a-tile",
         ((80, True, False), (72, True, True), (65, False, True), (66, False, False)),
