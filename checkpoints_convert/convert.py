@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoints_convert.partial import Partial, check_space, copy_file, partial_of, write_file
 from checkpoints_convert.progress import progress_bar
 from m3_jax.checkpoint.dtypes import BFLOAT16, FLOAT32
 from m3_jax.checkpoint.errors import CheckpointError, unreadable
@@ -15,6 +14,7 @@ from m3_jax.checkpoint.huggingface import HuggingFaceCheckpoint
 from m3_jax.checkpoint.names import Part
 from m3_jax.checkpoint.open import is_orbax
 from m3_jax.checkpoint.orbax_parts import LazyArray, remove_unfinished, write_part
+from m3_jax.checkpoint.partial import Partial, check_space, copy_file, partial_of, write_file
 from m3_jax.checkpoint.store import MANIFEST, PARTS, OrbaxCheckpoint, manifest_of, weight_bytes
 
 KEEP = "keep"

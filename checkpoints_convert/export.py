@@ -9,13 +9,13 @@ from typing import NamedTuple
 import numpy as np
 
 from checkpoints_convert.convert import SPARE_BYTES, copy_side_files, write_config
-from checkpoints_convert.partial import Partial, check_space, partial_of, write_file
 from checkpoints_convert.progress import Advance, progress_bar
 from m3_jax.checkpoint.dtypes import SAFETENSORS_NAMES
 from m3_jax.checkpoint.errors import CheckpointError, unreadable
 from m3_jax.checkpoint.folder import INDEX, WEIGHTS, existing_folder
 from m3_jax.checkpoint.names import Slice, Weight
 from m3_jax.checkpoint.orbax_parts import chunk_rows
+from m3_jax.checkpoint.partial import Partial, check_space, partial_of, write_file
 from m3_jax.checkpoint.store import OrbaxCheckpoint
 
 # safetensors pads a header with spaces to a multiple of this.

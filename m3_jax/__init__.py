@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from m3_jax.random_weights import random_model as random_model
     from m3_jax.sampling import Greedy as Greedy
     from m3_jax.sampling import Sampler as Sampler
+    from m3_jax.saving import save as save
     from m3_jax.sharding import make_mesh as make_mesh
 
 _HOME = {
@@ -33,6 +34,7 @@ _HOME = {
     "load": "loading",
     "make_mesh": "sharding",
     "random_model": "random_weights",
+    "save": "saving",
 }
 __all__ = [
     "Cache",
@@ -46,6 +48,7 @@ __all__ = [
     "load",
     "make_mesh",
     "random_model",
+    "save",
 ]
 
 

@@ -24,7 +24,7 @@ from m3_jax.checkpoint.names import Part, Weight, parts
 
 MANIFEST = "m3_checkpoint.json"
 PARTS = "parts"
-# Written next to the parts while a conversion goes on; see checkpoints_convert.partial.
+# Written next to the parts while a conversion goes on; see m3_jax.checkpoint.partial.
 STATE = "m3_partial.json"
 FORMAT, VERSION = "m3-jax", 1
 
@@ -83,7 +83,7 @@ class OrbaxCheckpoint:
         path = self.folder / MANIFEST
         if not path.exists() and (self.folder / STATE).exists():
             raise CheckpointError(
-                f"{self.folder}: an incomplete conversion; run the same m3-convert command again to finish it"
+                f"{self.folder}: an incomplete conversion or save; run the same m3-convert command, or save, again"
             )
         manifest = read_json(self.folder, MANIFEST)
         if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:

@@ -77,7 +77,7 @@ def test_killed_at_random_points_and_run_again(wide: Path, tmp_path: Path, seed:
             break
         assert not dst.exists()
         interrupted += 1
-        with pytest.raises(CheckpointError, match="an incomplete conversion; run the same m3-convert command again"):
+        with pytest.raises(CheckpointError, match="an incomplete conversion or save; run the same m3-convert command"):
             load(partial)
         kept = {name for name in names(partial / "parts") if orbax_parts.UNFINISHED not in name}
         assert finished <= kept
@@ -102,7 +102,8 @@ class Died(BaseException):
 @pytest.mark.parametrize("step", range(13))
 def test_death_between_any_two_steps(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Steps that change what is on disk: every part and every small file, the state, the manifest and the renaming."""
-    from checkpoints_convert import convert, partial
+    from checkpoints_convert import convert
+    from m3_jax.checkpoint import partial
 
     dst = tmp_path / "dst"
     count = 0

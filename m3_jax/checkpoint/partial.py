@@ -1,7 +1,7 @@
 """A folder that comes into being whole: built as DST.partial beside DST, renamed at the very end.
 
 Whoever dies on the way leaves DST.partial, which no loader takes for a checkpoint and which the same command, run
-again, takes up. A lock keeps two of them apart; it dies with its process.
+again, takes up or begins anew. A lock keeps two of them apart; it dies with its process.
 """
 
 import contextlib
@@ -80,7 +80,7 @@ def partial_of(dst: Path) -> Iterator[Partial]:
         if (path / STATE).exists():
             state = read_json(path, STATE)
         elif set(os.listdir(path)) - {_STATE_DRAFT}:
-            raise CheckpointError(f"{path}: exists and was not made by m3-convert; move it out of the way")
+            raise CheckpointError(f"{path}: exists and was not made by m3-convert or save; move it out of the way")
         yield Partial(dst, path, state)
     finally:
         os.close(lock)
