@@ -36,8 +36,10 @@ GOAL_FLOORS = 1.3
 
 
 def num_blocks(tokens: int) -> int:
-    """Blocks in a call."""
-    return 4 if tokens <= 1024 else 1
+    """Blocks in a call: as many as the model has, where a call of fewer would wait for the host."""
+    if tokens > 1024:
+        return 1
+    return 4 if tokens > 16 else 57
 
 
 def choices(tokens: int) -> np.ndarray:

@@ -18,6 +18,7 @@ expert's, in the layer's one reduction.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +80,9 @@ class Router(nnx.Module):
         scores = jax.nn.sigmoid(logits)
         _, expert_ids = jax.lax.top_k(scores + self.e_score_correction_bias[...], self.num_experts_per_tok)
         weights = jnp.take_along_axis(scores, expert_ids, axis=-1)
-        return weights / jnp.sum(weights, axis=-1, keepdims=True), expert_ids
+        # Added one by one: a sum along an axis is an operation of its own.
+        total = functools.reduce(jnp.add, jnp.split(weights, weights.shape[-1], axis=-1))
+        return weights / total, expert_ids
 
 
 class ExpertWeights(nnx.Module):
@@ -165,14 +168,19 @@ def _by_expert(
 
     Pairs with a number that is no expert's come last.
     """
-    index = jnp.arange(experts.size, dtype=jnp.int32)
-    if experts.size <= COMPARED_PAIRS:
-        earlier = (experts < experts[:, None]) | ((experts == experts[:, None]) & (index < index[:, None]))
-        place = jnp.sum(earlier, axis=1, dtype=jnp.int32)
+    num_pairs = experts.size
+    index = jnp.arange(num_pairs, dtype=jnp.int32)
+    if num_pairs <= COMPARED_PAIRS:
+        keys = experts.astype(jnp.int32) * num_pairs + index
+        # For few pairs one operation counts both, and so there are as many rows for pairs as for experts.
+        own = jnp.pad(keys, (0, max(0, num_experts - num_pairs)))[:, None]
+        place = jnp.sum(keys < own, axis=1, dtype=jnp.int32)[:num_pairs]
+        first = jnp.arange(num_experts, dtype=jnp.int32)[:, None] * num_pairs
+        sizes = jnp.sum((keys >= first) & (keys < first + num_pairs), axis=1, dtype=jnp.int32)
         order = jnp.sum(jnp.where(place == index[:, None], index, 0), axis=1, dtype=jnp.int32)
-    else:
-        order = jnp.argsort(experts, stable=True)
-        place = jnp.zeros_like(order).at[order].set(index, unique_indices=True)
+        return order, place, sizes
+    order = jnp.argsort(experts, stable=True)
+    place = jnp.zeros_like(order).at[order].set(index, unique_indices=True)
     sizes = jnp.sum(experts == jnp.arange(num_experts)[:, None], axis=1, dtype=jnp.int32)
     return order, place, sizes
 
@@ -184,8 +192,9 @@ def _round_size(num_rows: int, per_row: int, devices: int, num_local: int) -> in
 
 
 def _weighted_sum(products: Float[Array, "RX D"], weights: Float[Array, "R X"]) -> Float[Array, "R D"]:
-    # Not an einsum: as products and a sum it becomes part of the operations round it.
-    return jnp.sum(products.reshape(*weights.shape, -1).astype(jnp.float32) * weights[..., None], axis=1)
+    # Not an einsum and no sum along an axis: as products and additions it becomes part of the operations round it.
+    parts = products.reshape(*weights.shape, -1).astype(jnp.float32) * weights[..., None]
+    return functools.reduce(jnp.add, [parts[:, each] for each in range(weights.shape[1])])
 
 
 class SparseMoeBlock(nnx.Module):

@@ -6,7 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import hopper
+from pallas_kernels import hopper, tuned
 from pallas_kernels.derivatives import with_derivative_of
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.grouped_matmul import mosaic_gpu_plan as planning
@@ -54,7 +54,10 @@ def _multiply(rows, weights, group_sizes, activation, config, interpret):
     num_rows = rows.shape[0]
     num_groups, *channels, depth = weights.shape
     if config is None:
-        config = multiplying.TuningConfig.heuristic(num_rows, num_groups, channels=math.prod(channels), depth=depth)
+        sizes = {"channels": math.prod(channels), "depth": depth}
+        heuristic = multiplying.TuningConfig.heuristic(num_rows, num_groups, **sizes)
+        name = "grouped_matmul" if activation is None else "grouped_swiglu"
+        config = tuned.config(name, heuristic, rows=max(1, num_rows), groups=num_groups, **sizes)
     # Copies into shared memory take tiles of as many rows, or all that there are.
     padding = -num_rows % planning.ALIGNMENT if num_rows > planning.ALIGNMENT else 0
     if padding:

@@ -15,7 +15,7 @@ import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +44,8 @@ class TuningConfig:
     of the contracted channels, each a CTA's, whose sums XLA adds up: each leaves as two bfloat16 numbers, the second
     what the first rounded away.
     """
+
+    CANDIDATES: ClassVar = {"tiles": (1, 2), "parts": (1, 2, 4)}
 
     widths: tuple[int, ...]
     warpgroups: int

@@ -64,10 +64,15 @@ def plan(group_sizes: Int32[Array, " E"], *, num_rows: int, widest: int, tiles: 
         return jnp.sum(jnp.where(group[:, None] > group[None], values[None], 0), axis=1, dtype=jnp.int32)
 
     begins = sums_before(group_sizes)
-    num_units = cut(begins, group_sizes, widest=widest, tiles=tiles).num_units
+    if num_rows <= widest * tiles:
+        # A unit for each group that has rows: known before the groups' first rows are, and summed with them.
+        num_units = (group_sizes > 0).astype(jnp.int32)
+    else:
+        num_units = cut(begins, group_sizes, widest=widest, tiles=tiles).num_units
     first_units = sums_before(num_units)
     unit = jnp.arange(max_units(num_rows, num_groups, widest * tiles), dtype=jnp.int32)
-    group_of_unit = jnp.minimum(count_up_to(first_units + num_units, unit), num_groups - 1)
+    # The last group's end is left out: a unit behind it is not used, and its group is still one in range.
+    group_of_unit = count_up_to((first_units + num_units)[:-1], unit)
     return Plan(group_of_unit, group_sizes, begins, first_units)
 
 
