@@ -154,7 +154,59 @@ def decode_step_table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-TABLES = {"convert": convert_table, "kernels": kernels_table, "moe": moe_table, "decode_step": decode_step_table}
+def meshes_table(record: dict[str, Any]) -> str:
+    """Times of `meshes.json`: steps and prefills over several GPUs, then the reductions in them."""
+    lines = [
+        "| mesh | layers | what | floor | NCCL | XLA's kernels | best / floor |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    sums: dict[tuple[int, str, int], dict[str, float]] = {}
+    # With other flags of XLA than its defaults: for whoever looks into the file.
+    meshes = [mesh for mesh in record["meshes"] if not mesh["environment"]["xla_flags"]]
+    for mesh in meshes:
+        found: dict[str, dict[str, dict[str, Any]]] = {}
+        for result in mesh["results"]:
+            if result["what"] == "step":
+                name = f"decode step, {result['batch']} x {result['context'] // 1024} K"
+                found.setdefault(name, {})[result["variant"]] = result
+            elif result["what"] == "prefill":
+                found.setdefault(f"prefill of {result['tokens'] // 1024} K", {})[result["variant"]] = result
+            elif result["what"] == "sum":
+                key = (result["devices"], result["dtype"], result["rows"])
+                sums.setdefault(key, {})[result["variant"]] = result["us"] - result["without"]
+        for name, variants in found.items():
+            times = [f"{variants[v]['us']:,.0f}" if v in variants else "" for v in ("nccl", "xla")]
+            floor = next(iter(variants.values()))["floor"]
+            best = min(result["us"] for result in variants.values())
+            lines.append(
+                f"| {mesh['mesh']} | {mesh['layers']} | {name} | {floor:,.0f} | {times[0]} | {times[1]} | "
+                f"{best / floor:.2f} |"
+            )
+    lines += ["", "| one all-reduce | rows | NCCL | XLA's kernels |", "|---|---|---|---|"]
+    for (devices, dtype, rows), times in sorted(sums.items()):
+        shown = " | ".join(f"{times[v]:.1f}" if v in times else "" for v in ("nccl", "xla"))
+        lines.append(f"| {devices} GPUs, {dtype} | {rows} | {shown} |")
+    environment = meshes[0]["environment"]
+    commands = " and ".join(dict.fromkeys(f"`{mesh['environment']['command']}`" for mesh in meshes))
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Microseconds on {environment['devices']} {environment['device']}, bf16, random weights, "
+            f"{environment['date']}, jax {environment['versions']['jax']}, {commands}. A step has embedding, the first "
+            "layers of the model (three dense, the others sparse), head and greedy choice; calls follow one another. "
+            "The all-reduces are of rows of 6,144 in a chain, less the chain without them.",
+        ]
+    )
+
+
+TABLES = {
+    "convert": convert_table,
+    "kernels": kernels_table,
+    "moe": moe_table,
+    "decode_step": decode_step_table,
+    "meshes": meshes_table,
+}
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 

@@ -1,5 +1,6 @@
 """Grouped-query attention with per-head norms and partial rotation: dense, or block-sparse where an indexer chooses."""
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -9,6 +10,7 @@ from m3_jax.config import M3Config
 from m3_jax.dense_attention import dense_attention
 from m3_jax.indexer import Indexer
 from m3_jax.layers import Projection, RMSNorm, rotate
+from m3_jax.sharding import axis_size
 from pallas_kernels import (
     Heads,
     norm_rope_cache,
@@ -100,8 +102,11 @@ class Attention(nnx.Module):
         def rows(heads: Array) -> Array:
             return heads.reshape(-1, *heads.shape[2:])
 
+        # On a mesh queries are few enough for XLA to compute all projections as one, of more matrices than it joins
+        # without a copy of them: it must not see that the input is the same.
+        queries = self.q_proj(jax.lax.optimization_barrier(x)) if axis_size("tensor") > 1 else self.q_proj(x)
         heads = [
-            Heads(rows(self.q_proj(x)), self.q_norm.weight[...], None),
+            Heads(rows(queries), self.q_norm.weight[...], None),
             Heads(rows(self.k_proj(x)), self.k_norm.weight[...], layer.k),
             Heads(rows(self.v_proj(x)), None, layer.v),
         ]

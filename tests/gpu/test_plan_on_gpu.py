@@ -16,10 +16,15 @@ import jax, numpy as np
 from m3_jax import M3Config, generate, random_model
 from m3_jax.plan import plan
 
-dense, sparse, batch, context, new_tokens = map(int, sys.argv[1:])
-kinds = (False,) * dense + (True,) * sparse
+experts, batch, context, new_tokens = map(int, sys.argv[1:])
+kinds = (False, True)
 config = dataclasses.replace(
-    M3Config.m3(), num_hidden_layers=len(kinds), sparse_attention_layers=kinds, moe_layers=kinds, vision=None
+    M3Config.m3(),
+    num_hidden_layers=len(kinds),
+    sparse_attention_layers=kinds,
+    moe_layers=kinds,
+    num_experts=experts,
+    vision=None,
 )
 sizes = {"context": context, "batch": batch}
 plans = {source: dataclasses.asdict(plan(config, **sizes, source=source)) for source in ("formula", "compiled")}
@@ -34,23 +39,32 @@ print(json.dumps(out))
 """
 
 
+# All experts of one layer, 14.5 of 20 GB; and few of them, where everything else counts.
 @pytest.mark.gpu
-def test_the_peak() -> None:
-    """Two layers of full width, 4 sequences of 32 K: both sources within 10 % of the peak."""
-    # A process of its own: the allocator's peak cannot be set back.
+@pytest.mark.parametrize("experts", [128, 8])
+def test_the_peak(experts: int, tmp_path: Path) -> None:
+    """A dense and a sparse layer of full width, 4 sequences of 8 K: both sources within 10 % of the peak."""
+    # A process of its own: the allocator's peak cannot be set back. What the planner compiles, `generate` loads.
+    settings = {
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
     done = subprocess.run(
-        [sys.executable, "-c", MEASURE, *map(str, (1, 1, 4, 32_768, 16))],
+        [sys.executable, "-c", MEASURE, *map(str, (experts, 4, 8192, 16))],
         cwd=ROOT,
-        env=os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
+        env=os.environ | settings,
         capture_output=True,
         text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     print(json.dumps(found, indent=1))
+    # Drawing the weights takes no more than the weights.
+    assert found["weights_peak"] < 1.01 * found["weights"]
     for planned in found["plans"].values():
-        assert planned["weights"] == pytest.approx(found["weights"], rel=0.001)
+        # The allocator counts a block whole whose rest is too small to give away.
+        assert planned["weights"] <= found["weights"] < 1.05 * planned["weights"]
         activations = max(planned["passes"].values())
         assert planned["weights"] + planned["cache"] + activations == pytest.approx(found["peak"], rel=0.1)
-        # Drawing the weights takes no more than the weights.
-        assert found["weights_peak"] < 1.01 * planned["weights"]
