@@ -14,6 +14,8 @@ from m3_jax import M3Config, M3ForCausalLM
 
 # For the tests of meshes; every other test stays on the first device.
 jax.config.update("jax_num_cpu_devices", 8)
+# Most of the time on a CPU goes into compiling what runs for milliseconds.
+jax.config.update("jax_disable_most_optimizations", jax.default_backend() == "cpu")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -28,5 +30,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def tiny() -> M3ForCausalLM:
-    """The tiny preset in float32 with random weights; tests do not change it."""
-    return models.random_model(M3Config.tiny())
+    """The tiny preset in float32 with random weights, one layer of each kind; tests do not change it."""
+    return models.random_model(models.first_layers(M3Config.tiny(), 3))

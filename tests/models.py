@@ -1,5 +1,7 @@
 """Random models: weights by NumPy, on a scale at which routing and block choice vary from token to token."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,16 @@ from jax.sharding import Mesh
 
 from m3_jax import M3Config, M3ForCausalLM
 from m3_jax.sharding import named_sharding
+
+
+def first_layers(config: M3Config, count: int) -> M3Config:
+    """The config of the model cut after `count` layers."""
+    return dataclasses.replace(
+        config,
+        num_hidden_layers=count,
+        sparse_attention_layers=config.sparse_attention_layers[:count],
+        moe_layers=config.moe_layers[:count],
+    )
 
 
 def random_model(config: M3Config, *, dtype: str = "float32", seed: int = 0) -> M3ForCausalLM:

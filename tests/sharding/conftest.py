@@ -1,4 +1,4 @@
-"""Quick compilation for the tests of meshes."""
+"""Optimised compilation for the tests of memory."""
 
 from collections.abc import Iterator
 
@@ -10,9 +10,9 @@ OPTIMIZED = ("test_plan", "test_random_weights")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _quick_compilation(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Most of the time goes into compiling what runs for milliseconds."""
+def _optimized(request: pytest.FixtureRequest) -> Iterator[None]:
     before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", request.module.__name__ not in OPTIMIZED)
+    if request.module.__name__ in OPTIMIZED:
+        jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
