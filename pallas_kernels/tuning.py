@@ -34,6 +34,7 @@ import pallas_kernels
 from pallas_kernels import hopper, tuned
 
 TOP_K = 16
+EXPERTS, EXPERTS_A_TOKEN, MODEL_WIDTH, EXPERT_WIDTH = 128, 4, 6144, 3072
 # A heuristic is left only for what is faster by more than the noise.
 GAIN = 0.02
 # Several block tables take turns, together larger than any L2 cache, unless that takes too many.
@@ -45,15 +46,20 @@ COMPILERS = 8
 
 @dataclass(frozen=True)
 class Problem:
-    """A call of a public operation: `tokens` new ones in each of `sequences`, at the end of `context` tokens."""
+    """A call of a public operation: `tokens` new ones in each of `sequences`, at the end of `context` tokens.
+
+    A grouped matmul knows no context: the tokens' experts take the place of the block tables.
+    """
 
     operation: str
     sequences: int
-    context: int
+    context: int = 0
     tokens: int = 1
     kv_heads: int = 4
 
     def __str__(self) -> str:
+        if not self.context:
+            return f"{self.operation}, {self.sequences} x {self.tokens} tokens"
         sizes = f"{self.sequences} x {self.tokens} of {self.context}"
         return f"{self.operation}, {sizes}, {self.kv_heads} KV heads"
 
@@ -64,9 +70,11 @@ class Problem:
 
     @property
     def num_tables(self) -> int:
-        """Block tables that take turns."""
+        """Block tables, or sizes of groups, that take turns."""
         if "prefill" in self.operation:
             return 1
+        if "grouped" in self.operation:
+            return 4
         pages = self.sequences * self.pages
         if "attention" in self.operation:
             pages = self.sequences * self.tokens * self.kv_heads * min(TOP_K, self.pages) * 2
@@ -74,25 +82,45 @@ class Problem:
 
 
 def problems() -> Iterator[Problem]:
-    """The calls that are measured: the released model's heads, and those of a quarter of it."""
+    """The calls that are measured, with the released model's heads and experts: about a hundred configurations."""
     for sequences, context in (
         (1, 8192),
         (1, 131_072),
         (1, 1_048_576),
         (16, 32_768),
-        (64, 8192),
         (64, 32_768),
     ):
         yield Problem("index_topk_decode", sequences, context)
-    for sequences in (1, 4, 16, 64, 128):
+    for sequences in (1, 4, 16, 64):
         yield Problem("sparse_attention_decode", sequences, 8192)
     for context in (8192, 131_072):
         yield Problem("index_topk_prefill", 1, context, 8192)
         yield Problem("sparse_attention_prefill", 1, context, 8192)
+    for operation in ("grouped_swiglu", "grouped_matmul"):
+        for tokens in (1, 64, 8192):
+            yield Problem(operation, 1, tokens=tokens)
+
+
+def grouped_arrays(problem: Problem) -> tuple[jax.Array, ...]:
+    """Sizes of groups i32[n, E], rows and weights, as the released model's experts have them: drawn evenly."""
+    rows = problem.sequences * problem.tokens * EXPERTS_A_TOKEN
+    rng = np.random.default_rng(0)
+    sizes = rng.multinomial(rows, np.full(EXPERTS, 1 / EXPERTS), size=problem.num_tables)
+    shape = (2, EXPERT_WIDTH, MODEL_WIDTH) if problem.operation == "grouped_swiglu" else (MODEL_WIDTH, EXPERT_WIDTH)
+    keys = jax.random.split(jax.random.key(0))
+    # Numbers of one expert serve all, since what they are takes no time.
+    weights = jax.random.normal(keys[0], shape, jnp.bfloat16) / shape[-1] ** 0.5
+    return (
+        jnp.asarray(sizes, jnp.int32),
+        jax.random.normal(keys[1], (rows, shape[-1]), jnp.bfloat16),
+        jnp.tile(weights, (EXPERTS, *[1] * len(shape))),
+    )
 
 
 def arrays(problem: Problem) -> tuple[Any, ...]:
     """Block tables i32[n, B, M] and the operation's other arguments, in its order: random, the pages permuted."""
+    if "grouped" in problem.operation:
+        return grouped_arrays(problem)
     keys = iter(jax.random.split(jax.random.key(0), 6))
     sequences, tokens, kv_heads = problem.sequences, problem.tokens, problem.kv_heads
     rows, pages = sequences * tokens, sequences * problem.pages
@@ -127,12 +155,14 @@ def arrays(problem: Problem) -> tuple[Any, ...]:
 def on_every_table(problem: Problem) -> Callable[..., Any]:
     """A new function of `arrays`, which jax therefore traces anew."""
     operation = getattr(pallas_kernels, problem.operation)
-    num_lengths = 3 if "prefill" in problem.operation else 1
+    num_lengths = 0 if "grouped" in problem.operation else 3 if "prefill" in problem.operation else 1
     if "topk" in problem.operation:
         operation = functools.partial(operation, top_k=TOP_K)
+    if "swiglu" in problem.operation:
+        operation = functools.partial(operation, alpha=1.702, limit=7.0, beta=1.0)
 
     def run(tables: jax.Array, *rest: jax.Array) -> jax.Array:
-        before, lengths = rest[:-num_lengths], rest[-num_lengths:]
+        before, lengths = rest[: len(rest) - num_lengths], rest[len(rest) - num_lengths :]
         return lax.map(lambda table: operation(*before, table, *lengths), tables)
 
     return run
@@ -249,12 +279,6 @@ def main() -> None:
     }
     known: Chosen = {}
     measured: list[tuned.Measured] = []
-    about = {
-        "date": datetime.date.today().isoformat(),
-        "command": shlex.join(["python", "-m", "pallas_kernels.tuning", *sys.argv[1:]]),
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-    }
     for problem in problems():
         if any(part in problem.operation for part in arguments.operations):
             print(f"{problem}, after {time.perf_counter() - started:.0f} s", flush=True)

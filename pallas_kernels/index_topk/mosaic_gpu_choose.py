@@ -4,7 +4,8 @@ A score becomes a key (`keys`). A warpgroup holds the blocks of a chunk for four
 of one, its lanes side by side along the blocks, so that a reduction is one instruction. Each lane sorts its few blocks
 into a list. Then, k times over: the largest of the first keys of the lists, the lowest block that has it, and that
 lane goes on to its next. What several warpgroups found goes through the same once more, in a list for each lane of what
-they found in the same place, and for long contexts what several CTAs found does, in a second kernel.
+they found in the same place. So does what several CTAs found: up to 8 are a cluster, whose first one takes it from the
+others' shared memory, and more leave it to a second kernel.
 """
 
 # jax does not export every name of Mosaic GPU, and calls its transforms abstract.
@@ -28,6 +29,9 @@ from pallas_kernels.index_topk.shares import Shares
 # A warpgroup owns four columns, and each of its warps one of them.
 _COLUMNS = 4
 _LANES = 32
+_LARGEST_CHUNK, _MOST_WARPGROUPS = 512, 4
+# CTAs of a cluster that any Hopper GPU can run.
+_MOST_CLUSTERED = 8
 _LAYOUT = plgpu.Layout.TILED(plgpu.Tiling(((_LANES, _COLUMNS), (1,))), (-2,), (-3,), -1)
 
 
@@ -74,23 +78,28 @@ class Choice:
 class TuningConfig:
     """chunk: blocks of a warpgroup. warpgroups: of a CTA, each with its own chunk of the same four columns."""
 
-    CANDIDATES: ClassVar = {"chunk": (64, 128, 256), "warpgroups": (2, 4)}
+    CANDIDATES: ClassVar = {"chunk": (64, 128, 256), "warpgroups": (1, 4)}
 
+    # Several CTAs rather than warpgroups, which take turns in an SM: 3.7 us instead of 4.7 for 1,024 blocks of an H200.
     chunk: int = 256
-    warpgroups: int = 4
+    warpgroups: int = 1
 
     def __post_init__(self) -> None:
-        if self.chunk % _LANES or not _LANES <= self.chunk <= 512:
-            raise ValueError(f"chunk={self.chunk} must be a multiple of {_LANES} up to 512")
+        if self.chunk % _LANES or not _LANES <= self.chunk <= _LARGEST_CHUNK:
+            raise ValueError(f"chunk={self.chunk} must be a multiple of {_LANES} up to {_LARGEST_CHUNK}")
         if self.warpgroups not in (1, 2, 4):
             raise ValueError(f"warpgroups={self.warpgroups} must be 1, 2 or 4")
 
     def fitted(self, table_width: int) -> "TuningConfig":
-        """No larger than a narrow table wants."""
+        """No larger than a narrow table wants, and large enough for a cluster to see all of a wide one if it can."""
         chunk = min(self.chunk, round_up(table_width, _LANES))
         warpgroups = self.warpgroups
         while warpgroups > 1 and chunk * warpgroups // 2 >= table_width:
             warpgroups //= 2
+        while warpgroups < _MOST_WARPGROUPS and chunk * warpgroups * _MOST_CLUSTERED < table_width:
+            warpgroups *= 2
+        while chunk < _LARGEST_CHUNK and chunk * warpgroups * _MOST_CLUSTERED < table_width:
+            chunk = min(2 * chunk, _LARGEST_CHUNK)
         return TuningConfig(chunk, warpgroups)
 
     @property
@@ -105,7 +114,7 @@ def choose(scores, positions, share, *, choice: Choice, config: TuningConfig, in
     scores: f32[slabs, n * config.blocks, width]; what is invisible may hold anything. positions: i32[slabs].
     share: i32[1].
     """
-    if scores.shape[1] == config.blocks:
+    if scores.shape[1] <= config.blocks * _MOST_CLUSTERED:
         return _choose_scores(scores, positions, share, choice=choice, config=config, interpret=interpret)
     found = _choose_scores(scores, positions, share, choice=choice, config=config, interpret=interpret)
     blocks = scores.shape[1]
@@ -201,13 +210,20 @@ def _winners(best, top_k: int):
 
 @functools.partial(jax.jit, static_argnames=("choice", "config", "interpret"))
 def _choose_scores(scores, positions, share, *, choice: Choice, config: TuningConfig, interpret: Any):
-    """The choice if one CTA has all blocks, else keys and ranks of each CTA's winners, i32[slabs, groups, n, 32, 4]."""
+    """The choice if a cluster has all blocks, else the CTAs' winners: keys and ranks i32[slabs, groups, n, 32, 4]."""
     slabs, blocks, _ = scores.shape
     chunk, warpgroups = config.chunk, config.warpgroups
     ctas = blocks // config.blocks
+    clustered = 1 < ctas <= _MOST_CLUSTERED
+    apart = ctas > _MOST_CLUSTERED
+    # The interpreter knows clusters, but not the shared memory of others.
+    through_gmem = clustered and interpret is not None
 
-    def choose_scores(scores_gmem, positions_gmem, share_gmem, *refs):
-        out_gmem, (keys_smem, ranks_smem, barrier) = refs[:-3], refs[-3:]
+    def choose_scores(scores_gmem, positions_gmem, share_gmem, out_gmem, *refs):
+        found_gmem, refs = (refs[:2], refs[2:]) if through_gmem else (None, refs)
+        if apart:
+            found_gmem, refs = (out_gmem, refs[0]), refs[1:]
+        keys_smem, ranks_smem, barrier, *refs = refs
         share = choice.shares.of(share_gmem)
         slab, group, cta = lax.axis_index("slab"), lax.axis_index("group"), lax.axis_index("cta")
         wg = lax.axis_index("wg")
@@ -227,16 +243,20 @@ def _choose_scores(scores, positions, share, *, choice: Choice, config: TuningCo
                 block = _lane() + (first_block + i * _LANES)
                 yield _key(tile, choice.shares.block(block, share), own, choice), (blocks - 1) - block
 
+        def write(best):
+            def emit(_, j, key, rank):
+                block = choice.shares.block((blocks - 1) - rank, share)
+                choice.write(out_gmem, slab, first_column, j, key, block)
+
+            _take(best, choice.top_k, emit)
+
         def finish(best):
             if ctas == 1:
-
-                def emit(_, j, key, rank):
-                    block = choice.shares.block((blocks - 1) - rank, share)
-                    choice.write(out_gmem[0], slab, first_column, j, key, block)
-
-                _take(best, choice.top_k, emit)
+                write(best)
+            elif found_gmem is not None:
+                found_gmem[0][slab, group, cta], found_gmem[1][slab, group, cta] = _winners(best, choice.top_k)
             else:
-                out_gmem[0][slab, group, cta], out_gmem[1][slab, group, cta] = _winners(best, choice.top_k)
+                refs[0][...], refs[1][...] = _winners(best, choice.top_k)
 
         def go():
             best = _sorted(entries(_over_columns(owns)))
@@ -244,6 +264,7 @@ def _choose_scores(scores, positions, share, *, choice: Choice, config: TuningCo
                 finish(best)
                 return
             keys_smem.at[wg][...], ranks_smem.at[wg][...] = _winners(best, choice.top_k)
+            plgpu.commit_smem()
             plgpu.barrier_arrive(barrier)
 
             @pl.when(wg == 0)
@@ -252,26 +273,61 @@ def _choose_scores(scores, positions, share, *, choice: Choice, config: TuningCo
                 found = [(_load(keys_smem.at[i]), _load(ranks_smem.at[i])) for i in range(warpgroups)]
                 finish(_sorted(found))
 
-        if ctas == 1:
-            go()
-        else:
+        def merge():
+            """The first CTA of a cluster takes what all have found."""
+
+            def found(i, which):
+                if found_gmem is not None:
+                    return _load(found_gmem[which].at[slab, group, i])
+                return _load(plgpu.cluster_ref(refs[which], {"cta": i}))
+
+            barrier = refs[-1]
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(barrier)
+            plgpu.barrier_wait(barrier)
+
+            @pl.when(cta == 0)
+            def _():
+                write(_sorted((found(i, 0), found(i, 1)) for i in range(ctas)))
+
+            # Nobody leaves before that has been read.
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(barrier)
+            plgpu.barrier_wait(barrier)
+
+        if apart:
             pl.when(visible > cta * config.blocks)(go)
+            return
+        # Whatever is visible: the position is not waited for before scores are read.
+        go()
+        if clustered:
+            pl.when(wg == 0)(merge)
 
     found = jax.ShapeDtypeStruct((slabs, choice.groups, ctas, _LANES, _COLUMNS), jnp.int32)
-    return plgpu.kernel(
+    out = [found, found] if apart else [choice.out_type(slabs), *([found, found] if through_gmem else [])]
+    scratch = [
+        plgpu.SMEM((warpgroups, _LANES, _COLUMNS), jnp.int32),
+        plgpu.SMEM((warpgroups, _LANES, _COLUMNS), jnp.int32),
+        plgpu.Barrier(num_arrivals=warpgroups),
+    ]
+    grid: dict[str, Any] = {"grid": (slabs, choice.groups, ctas), "grid_names": ("slab", "group", "cta")}
+    if clustered:
+        if not through_gmem:
+            scratch += [plgpu.SMEM((_LANES, _COLUMNS), jnp.int32)] * 2
+        scratch.append(plgpu.ClusterBarrier(collective_axes=("cta",)))
+        grid = {name: value[:2] for name, value in grid.items()} | {"cluster": (ctas,), "cluster_names": ("cta",)}
+    chosen = plgpu.kernel(
         choose_scores,
-        out_type=choice.out_type(slabs) if ctas == 1 else [found, found],
-        grid=(slabs, choice.groups, ctas),
-        grid_names=("slab", "group", "cta"),
+        out_type=out,
+        **grid,
         num_threads=warpgroups,
         thread_name="wg",
-        scratch_types=[
-            plgpu.SMEM((warpgroups, _LANES, _COLUMNS), jnp.int32),
-            plgpu.SMEM((warpgroups, _LANES, _COLUMNS), jnp.int32),
-            plgpu.Barrier(num_arrivals=warpgroups),
-        ],
+        scratch_types=scratch,
+        # Else a barrier before and behind each thing that is written.
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
         **({} if interpret is None else {"interpret": interpret}),
     )(scores, positions, share)
+    return chosen if apart else chosen[0]
 
 
 @functools.partial(jax.jit, static_argnames=("choice", "config", "blocks", "interpret"))
@@ -306,5 +362,6 @@ def _choose_found(
         out_type=choice.out_type(slabs),
         grid=(slabs, groups),
         grid_names=("slab", "group"),
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
         **({} if interpret is None else {"interpret": interpret}),
     )(all_keys, ranks, positions, share)

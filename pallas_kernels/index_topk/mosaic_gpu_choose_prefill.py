@@ -22,7 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import DIM, PAGE_SIZE
 from pallas_kernels.index_topk import keys
-from pallas_kernels.index_topk.mosaic_gpu_lists import insert, merge
+from pallas_kernels.index_topk.mosaic_gpu_lists import insert
 from pallas_kernels.index_topk.mosaic_gpu_score_prefill import ALIGNMENT, WIDTH
 from pallas_kernels.index_topk.shares import Shares
 
@@ -31,6 +31,8 @@ _WARPGROUPS = 2
 _ROWS = WIDTH // _WARPGROUPS
 # A thread has one row.
 _LAYOUT = plgpu.Layout.WG_STRIDED((_ROWS,), vec_size=1)
+# Or the entries of one row, over any leading axes.
+_LISTS = plgpu.Layout.TILED(plgpu.Tiling(((_ROWS,), (_ROWS // 4,), (1,))), (-3,), (-2,), -1)
 
 
 @dataclass(frozen=True)
@@ -51,23 +53,22 @@ class Choice:
 class TuningConfig:
     """ctas: of the whole kernel, one for each SM. stages: of the ring of pages, 32 KiB each.
 
-    turns: 1 if the warpgroups take turns to multiply, so that each chooses while the other multiplies; with 0 they may
-    both multiply, at half the speed, and then both choose.
+    piece_cost: steps that beginning and ending a piece is worth when work is dealt to the CTAs.
     """
 
-    CANDIDATES: ClassVar = {"stages": (2, 3), "turns": (0, 1)}
+    CANDIDATES: ClassVar = {"stages": (2, 3), "piece_cost": (1, 2)}
 
     ctas: int = 132
     stages: int = 3
-    turns: int = 0
+    piece_cost: int = 1
 
     def __post_init__(self) -> None:
         if not 1 <= self.stages <= 3:
             raise ValueError(f"stages={self.stages} must be 1 to 3")
         if self.ctas < 1:
             raise ValueError(f"ctas={self.ctas} must be at least 1")
-        if self.turns not in (0, 1):
-            raise ValueError(f"turns={self.turns} must be 0 or 1")
+        if self.piece_cost < 0:
+            raise ValueError(f"piece_cost={self.piece_cost} must not be negative")
 
 
 def choose_prefill(
@@ -91,14 +92,16 @@ def choose_prefill(
     hold anything.
     """
     counts = choice.shares.count(blocks, choice.shares.of(share))
+    # A window's units of work: piece_cost of them that are no block, and then one for each block.
+    costs = jnp.where(counts > 0, counts + config.piece_cost, 0)
     window = jnp.arange(blocks.shape[0], dtype=jnp.int32)
     # By comparisons, in one reduction; a running sum of many is quicker in several steps.
     if window.shape[0] <= 2048:
-        ends = jnp.sum(jnp.where(window <= window[:, None], counts, 0), axis=1, dtype=jnp.int32)
+        ends = jnp.sum(jnp.where(window <= window[:, None], costs, 0), axis=1, dtype=jnp.int32)
     else:
-        ends = jnp.cumsum(counts, dtype=jnp.int32)
-    first_steps = _first_step(jnp.arange(config.ctas, dtype=jnp.int32), ends[-1], config.ctas)
-    first_windows = jnp.sum(jnp.where(ends <= first_steps[:, None], 1, 0), axis=1, dtype=jnp.int32)
+        ends = jnp.cumsum(costs, dtype=jnp.int32)
+    first_units = _first_unit(jnp.arange(config.ctas, dtype=jnp.int32), ends[-1], config.ctas)
+    first_windows = jnp.sum(jnp.where(ends <= first_units[:, None], 1, 0), axis=1, dtype=jnp.int32)
     pieces = _choose_pieces(
         index_q,
         index_k,
@@ -113,21 +116,21 @@ def choose_prefill(
         config=config,
         interpret=interpret,
     )
-    return _merge_pieces(pieces, ends, choice=choice, ctas=config.ctas, interpret=interpret)
+    return _merge_pieces(pieces, ends, choice=choice, config=config, interpret=interpret)
 
 
-def _first_step(cta, total, ctas: int):
-    """First of the `total` steps that a CTA makes: as many as the others, or one more."""
+def _first_unit(cta, total, ctas: int):
+    """First of the `total` units that a CTA has: as many as the others, or one more."""
     each, more = lax.div(total, jnp.int32(ctas)), lax.rem(total, jnp.int32(ctas))
     return cta * each + jnp.minimum(cta, more)
 
 
-def _cta_of(step, total, ctas: int):
-    """The CTA that makes a step."""
+def _cta_of(unit, total, ctas: int):
+    """The CTA that has a unit."""
     each, more = lax.div(total, jnp.int32(ctas)), lax.rem(total, jnp.int32(ctas))
     one_more = more * (each + 1)
-    late = more + lax.div(step - one_more, jnp.maximum(each, 1))
-    return jnp.where(step < one_more, lax.div(step, each + 1), late)
+    late = more + lax.div(unit - one_more, jnp.maximum(each, 1))
+    return jnp.where(unit < one_more, lax.div(unit, each + 1), late)
 
 
 def _full(value: int):
@@ -156,14 +159,18 @@ def _choose_pieces(
 ):
     """Lists of the pieces, i32[windows + ctas, 2, top_k, WIDTH]: keys and numbers of a share's blocks.
 
-    ends: i32[windows], steps (blocks) of all windows up to each. first_windows: i32[ctas], that of a CTA's first step.
-    The piece of window w by CTA c is number w + c, which no other is, since from one piece to the next either grows.
+    ends: i32[windows], units of all windows up to each. first_windows: i32[ctas], that of a CTA's first unit.
+    The piece of window w by CTA c is number w + c, which no other is, since from one piece to the next either grows. A
+    window's first piece has its best entry first, the others have theirs last.
     """
     num_rows, num_heads, _ = index_q.shape
     num_pages = index_k.shape[0]
     num_windows = sequence.shape[0]
     ctas, stages = config.ctas, config.stages
     shares, top_k = choice.shares, choice.top_k
+    # Read once a piece instead of once a step, which takes less power, and so less time; where there are registers left
+    # beside the products, the lists and a mask. The interpreter multiplies from shared memory only.
+    in_registers = top_k <= 16 and choice.local_blocks > 0 and interpret is None
 
     def choose_pieces(
         q_gmem,
@@ -183,19 +190,18 @@ def _choose_pieces(
         k_barrier,
         q_free,
         k_free,
-        turn,
     ):
         wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
         share = shares.of(share_gmem)
         total = ends_gmem[num_windows - 1]
-        first, last = _first_step(cta, total, ctas), _first_step(cta + 1, total, ctas)
+        first, last = _first_unit(cta, total, ctas), _first_unit(cta + 1, total, ctas)
         first_window = jnp.minimum(first_windows_gmem[cta], num_windows - 1)
         start = jnp.where(first_window > 0, ends_gmem[jnp.maximum(first_window - 1, 0)], 0)
 
         def over_pieces(work, *about):
             """work(number of the piece, window, first block, steps before, steps, *about[window]) for each piece.
 
-            Returns their number. What is to be known of a window is read one piece ahead.
+            Returns their number, and that of their steps. What is to be known of a window is read one piece ahead.
             """
 
             def read(window):
@@ -206,19 +212,24 @@ def _choose_pieces(
                 return state[0] < last
 
             def piece(state):
-                step, first_block, window, number, known = state
+                unit, skipped, first_block, window, number, done, known = state
                 following = read(window + 1)
                 end = jnp.minimum(known[0], last)
-                # A window may have no block of this share.
-                pl.when(end > step)(lambda: work(number, window, first_block, step - first, end - step, *known[1:]))
-                return end, jnp.int32(0), window + 1, number + jnp.where(end > step, 1, 0), following
+                # None, if the window has no block of this share, or the CTA only units that are no block.
+                count = end - unit - skipped
+                some = count > 0
+                pl.when(some)(lambda: work(number, window, first_block, done, count, *known[1:]))
+                number, done = number + jnp.where(some, 1, 0), done + jnp.where(some, count, 0)
+                return end, jnp.int32(config.piece_cost), jnp.int32(0), window + 1, number, done, following
 
-            state = (first, first - start, first_window, jnp.int32(0), read(first_window))
-            return lax.while_loop(go_on, piece, state)[3]
+            before, cost, zero = first - start, config.piece_cost, jnp.int32(0)
+            skipped, first_block = jnp.maximum(cost - before, 0), jnp.maximum(before - cost, 0)
+            state = (first, skipped, first_block, first_window, zero, zero, read(first_window))
+            return lax.while_loop(go_on, piece, state)[4:6]
 
         @pl.when(wg == _WARPGROUPS)
         def _produce():
-            plgpu.set_max_registers(40, action="decrease")
+            plgpu.set_max_registers(24, action="decrease")
 
             def load(number, _, first_block, done, count, sequence, row):
                 slot = lax.rem(number, jnp.int32(2))
@@ -245,7 +256,7 @@ def _choose_pieces(
 
                 lax.fori_loop(0, count, step, None)
 
-            pieces = over_pieces(load, sequence_gmem, row_gmem)
+            pieces, steps = over_pieces(load, sequence_gmem, row_gmem)
 
             # Every completion of a barrier has to be awaited.
             def drain_pages(i, _):
@@ -254,12 +265,12 @@ def _choose_pieces(
             def drain_queries(i, _):
                 plgpu.barrier_wait(q_free.at[lax.rem(i, jnp.int32(2))])
 
-            lax.fori_loop(jnp.maximum(last - first - stages, 0), last - first, drain_pages, None)
+            lax.fori_loop(jnp.maximum(steps - stages, 0), steps, drain_pages, None)
             lax.fori_loop(jnp.maximum(pieces - 2, 0), pieces, drain_queries, None)
 
         @pl.when(wg < _WARPGROUPS)
         def _consume():
-            plgpu.set_max_registers(232, action="increase")
+            plgpu.set_max_registers(240, action="increase")
             row = plgpu.broadcasted_iota(jnp.int32, (_ROWS,), 0, layout=_LAYOUT)
             token = lax.div(row + wg * _ROWS, jnp.int32(num_heads))
 
@@ -270,6 +281,9 @@ def _choose_pieces(
                 own = lax.shift_right_arithmetic(position, jnp.int32(PAGE_SIZE.bit_length() - 1))
                 own = jnp.minimum(own, shares.table_width - 1)
                 plgpu.barrier_wait(q_barrier.at[q_slot])
+                queries = q_smem.at[q_slot, wg]
+                if in_registers:
+                    queries = plgpu.load(queries, layout=plgpu.Layout.WGMMA)
 
                 def step(i, best):
                     slot = lax.rem(done + i, jnp.int32(stages))
@@ -277,16 +291,7 @@ def _choose_pieces(
                     plgpu.barrier_wait(k_barrier.at[slot])
 
                     def multiply(acc):
-                        if not config.turns:
-                            plgpu.wgmma(acc, q_smem.at[q_slot, wg], k_smem.at[slot].T)
-                            return acc[...]
-                        plgpu.barrier_wait(turn.at[wg])
-                        for half in range(2):
-                            channels = pl.ds(half * (DIM // 2), DIM // 2)
-                            plgpu.wgmma(acc, q_smem.at[q_slot, wg, :, channels], k_smem.at[slot, :, channels].T)
-                        # The other starts while the second half is under way, so that the tensor cores do not wait.
-                        plgpu.wgmma_wait(1)
-                        plgpu.barrier_arrive(turn.at[1 - wg])
+                        plgpu.wgmma(acc, queries, k_smem.at[slot].T)
                         return acc[...]
 
                     dots = pl.run_scoped(multiply, plgpu.ACC((_ROWS, PAGE_SIZE), jnp.float32))
@@ -315,13 +320,10 @@ def _choose_pieces(
                 plgpu.barrier_arrive(q_free.at[q_slot])
                 for part, values in enumerate(found):
                     for j, value in enumerate(values):
-                        out_gmem[window + cta, part, j, pl.ds(wg * _ROWS, _ROWS)] = value
+                        place = jnp.where(first_block > 0, top_k - 1 - j, j)
+                        out_gmem[window + cta, part, place, pl.ds(wg * _ROWS, _ROWS)] = value
 
-            if config.turns:
-                pl.when(wg == 1)(lambda: plgpu.barrier_arrive(turn.at[0]))
             over_pieces(score, position_gmem)
-            if config.turns:
-                pl.when(wg == 0)(lambda: plgpu.barrier_wait(turn.at[0]))
 
     dtype = index_k.dtype
     return plgpu.kernel(
@@ -339,7 +341,6 @@ def _choose_pieces(
             plgpu.Barrier(num_barriers=stages),
             plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=2),
             plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=stages),
-            plgpu.Barrier(num_barriers=_WARPGROUPS),
         ],
         compiler_params=plgpu.CompilerParams(reduction_scratch_bytes=0),
         **({} if interpret is None else {"interpret": interpret}),
@@ -356,43 +357,80 @@ def _choose_pieces(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("choice", "ctas", "interpret"))
-def _merge_pieces(pieces, ends, *, choice: Choice, ctas: int, interpret: Any):
-    """The best of each window's pieces: i32[windows, 1 or 2, top_k, WIDTH]."""
-    num_windows, top_k = ends.shape[0], choice.top_k
+@functools.partial(jax.jit, static_argnames=("choice", "config", "interpret"))
+def _merge_pieces(pieces, ends, *, choice: Choice, config: TuningConfig, interpret: Any):
+    """The best of each window's pieces: i32[windows, 1 or 2, top_k, WIDTH].
 
-    def merge_pieces(pieces_gmem, ends_gmem, out_gmem):
+    A bitonic network: of the i-th best of one list and the i-th worst of the other the better one is among the best of
+    both; these rise and fall, and comparing at ever smaller distances sorts them. Here the distance is always half the
+    list, and the numbers of the entries change instead, by writing entries i and i + half to 2 i and 2 i + 1: so
+    all steps are one loop over two halves, which takes far less time to compile than a network of single entries.
+    """
+    num_windows, top_k, ctas = ends.shape[0], choice.top_k, config.ctas
+    steps = top_k.bit_length() - 1
+    # An index of one bit an axis.
+    entries = (2,) * steps
+
+    def better(one, other):
+        return (one[0] > other[0]) | ((one[0] == other[0]) & (one[1] < other[1]))
+
+    def either(which, one, other):
+        return tuple(jnp.where(which, a, b) for a, b in zip(one, other, strict=True))
+
+    def merge_pieces(pieces_gmem, ends_gmem, out_gmem, best_smem):
         window = lax.axis_index("window")
         columns = pl.ds(lax.axis_index("half") * _ROWS, _ROWS)
         total = ends_gmem[num_windows - 1]
         start = jnp.where(window > 0, ends_gmem[jnp.maximum(window - 1, 0)], 0)
         end = ends_gmem[window]
+        every = (slice(None),) * (steps - 1)
 
-        def load(piece, part, j):
-            return plgpu.load(pieces_gmem.at[piece, part, j, columns], layout=_LAYOUT, optimized=False)
+        def load(ref):
+            return plgpu.load(ref, layout=_LISTS, optimized=False)
 
-        def write(best):
-            for part, values in enumerate(best if choice.with_keys else best[1:]):
-                for j, value in enumerate(values):
-                    out_gmem[window, part, j, columns] = value
+        def best(half):
+            return tuple(load(best_smem.at[part, half]) for part in range(2))
 
-        @pl.when(end > start)
-        def _():
-            first, last = _cta_of(start, total, ctas), _cta_of(end - 1, total, ctas)
+        def step(_, halves):
+            first, second = halves
+            ordered = better(first, second)
+            for bit, values in enumerate((either(ordered, first, second), either(ordered, second, first))):
+                for part, value in enumerate(values):
+                    best_smem.at[(part, *every, bit)][...] = value
+            return best(0), best(1)
 
-            def found(cta):
-                return tuple(tuple(load(window + cta, part, j) for j in range(top_k)) for part in range(2))
+        def found(cta):
+            return tuple(
+                tuple(load(pieces_gmem.at[(window + cta, part, half, *every, columns)]) for part in range(2))
+                for half in range(2)
+            )
 
-            write(lax.fori_loop(first + 1, last + 1, lambda cta, best: merge(best, found(cta)), found(first)))
+        def merge_all():
+            first, last = _cta_of(start + config.piece_cost, total, ctas), _cta_of(end - 1, total, ctas)
 
-        @pl.when(end == start)
-        def _():
-            write(_nothing(top_k))
+            def merge(cta, state):
+                halves, here = state
+                following = found(jnp.minimum(cta + 1, last))
+                better_ones = (either(better(old, new), old, new) for old, new in zip(halves, here, strict=True))
+                return lax.fori_loop(0, steps, step, tuple(better_ones)), following
 
-    return plgpu.kernel(
+            return lax.fori_loop(first + 1, last + 1, merge, (found(first), found(jnp.minimum(first + 1, last))))[0]
+
+        def nothing():
+            values = (jnp.full((*entries[1:], _ROWS), value, jnp.int32) for value in (keys.INVISIBLE, -1))
+            return (tuple(plgpu.layout_cast(value, _LISTS) for value in values),) * 2
+
+        halves = lax.cond(end > start, merge_all, nothing)
+        for half, values in enumerate(halves):
+            for part, value in enumerate(values if choice.with_keys else values[1:]):
+                out_gmem.at[(window, part, half, *every, columns)][...] = value
+
+    merged = plgpu.kernel(
         merge_pieces,
-        out_type=jax.ShapeDtypeStruct((num_windows, 1 + choice.with_keys, top_k, WIDTH), jnp.int32),
+        out_type=jax.ShapeDtypeStruct((num_windows, 1 + choice.with_keys, *entries, WIDTH), jnp.int32),
         grid=(num_windows, _WARPGROUPS),
         grid_names=("window", "half"),
+        scratch_types=[plgpu.SMEM((2, *entries, _ROWS), jnp.int32)],
         **({} if interpret is None else {"interpret": interpret}),
-    )(pieces, ends)
+    )(pieces.reshape(*pieces.shape[:2], *entries, WIDTH), ends)
+    return merged.reshape(*merged.shape[:2], top_k, WIDTH)

@@ -23,30 +23,3 @@ def insert(best, key, number, length: int):
         new_keys.append(here_key)
         new_numbers.append(here_number)
     return tuple(new_keys), tuple(new_numbers)
-
-
-def merge(first, second):
-    """The best of two lists of equal length, a power of two, in order; of equal keys the lower number comes first.
-
-    A bitonic network: the better of the i-th best of one and the i-th worst of the other are the best of both, and
-    rise and fall, so that comparing at ever smaller distances sorts them.
-    """
-    length = len(first[0])
-
-    def better(one, other):
-        return (one[0] > other[0]) | ((one[0] == other[0]) & (one[1] < other[1]))
-
-    def either(which, one, other):
-        return tuple(jnp.where(which, a, b) for a, b in zip(one, other, strict=True))
-
-    entries, reverse = (list(zip(*values, strict=True)) for values in (first, second))
-    entries = [either(better(a, b), a, b) for a, b in zip(entries, reversed(reverse), strict=True)]
-    distance = length // 2
-    while distance:
-        for i in range(length):
-            if not i & distance:
-                one, other = entries[i], entries[i + distance]
-                ordered = better(one, other)
-                entries[i], entries[i + distance] = either(ordered, one, other), either(ordered, other, one)
-        distance //= 2
-    return tuple(zip(*entries, strict=True))

@@ -20,6 +20,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.hopper import DIM, PAGE_SIZE, round_up
 from pallas_kernels.index_topk.shares import Shares
 
+# Of 32 channels of 8 rows, a warp has 8, and a lane 2 of one row.
+_QUERIES = plgpu.Layout.TILED(plgpu.Tiling(((8, 32), (8, 8), (2,))), (-4,), (-3, -2), -1)
 _TILE = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 
 
@@ -27,7 +29,7 @@ _TILE = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 class TuningConfig:
     """pages: scored by a CTA. stages: of the ring of pages, 32 KiB each; several CTAs share an SM."""
 
-    CANDIDATES: ClassVar = {"pages": (1, 2, 4, 8, 16), "stages": (1, 2, 4)}
+    CANDIDATES: ClassVar = {"pages": (1, 2, 4), "stages": (1, 2)}
 
     pages: int = 4
     stages: int = 2
@@ -72,11 +74,21 @@ def score_decode(
     columns = num_queries * num_heads
     width = round_up(columns, 8)
     queries = index_q.reshape(num_sequences, columns, DIM)
-    queries = jnp.pad(queries, ((0, 0), (0, width - columns), (0, 0)))
     stages = config.stages
 
     def score(
-        q_gmem, k_gmem, table_gmem, lens_gmem, share_gmem, out_gmem, q_smem, k_smem, out_smem, q_barrier, k_barrier
+        q_gmem,
+        k_gmem,
+        table_gmem,
+        lens_gmem,
+        share_gmem,
+        out_gmem,
+        q_smem,
+        k_smem,
+        out_smem,
+        q_barrier,
+        k_barrier,
+        *narrow_smem,
     ):
         share = shares.of(share_gmem)
         sequence, chunk = lax.axis_index("sequence"), lax.axis_index("chunk")
@@ -94,6 +106,8 @@ def score_decode(
             plgpu.copy_gmem_to_smem(k_gmem.at[page], k_smem.at[slot], k_barrier.at[slot])
 
         first_pages = [page_of(jnp.int32(i)) for i in range(stages + 1)]
+        # Else the compiler reads them behind the condition below, which waits for the length.
+        count, *first_pages = lax.optimization_barrier((count, *first_pages))
 
         def step(i, page):
             slot = lax.rem(i, jnp.int32(stages))
@@ -107,6 +121,7 @@ def score_decode(
 
             @pl.when(i + stages < count)
             def _():
+                plgpu.commit_smem()  # every warp has read the page
                 load(page, slot)
 
             page = page_of(i + stages + 1)
@@ -127,7 +142,8 @@ def score_decode(
 
         @pl.when(count > 0)
         def _():
-            plgpu.copy_gmem_to_smem(q_gmem.at[sequence], q_smem, q_barrier)
+            q_from_gmem = narrow_smem[0].at[pl.ds(0, columns)] if narrow_smem else q_smem
+            plgpu.copy_gmem_to_smem(q_gmem.at[sequence], q_from_gmem, q_barrier)
             for i in range(stages):
 
                 @pl.when(i < count)
@@ -135,6 +151,10 @@ def score_decode(
                     load(first_pages[i], i)
 
             plgpu.barrier_wait(q_barrier)
+            for ref in narrow_smem:
+                # The columns beyond hold anything, and no column meets another.
+                q_smem[...] = plgpu.load(ref, layout=_QUERIES, optimized=False)
+                plgpu.commit_smem()
             lax.fori_loop(0, count, step, first_pages[stages])
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(out_smem, out_gmem.at[sequence, pl.ds(first_block, config.pages)])
@@ -152,6 +172,10 @@ def score_decode(
             plgpu.SMEM((config.pages, width), jnp.float32),
             plgpu.Barrier(),
             plgpu.Barrier(num_barriers=stages),
+            # Fewer rows than a tile has cannot be copied into one, but have to be rearranged.
+            *([plgpu.SMEM((width, DIM), dtype)] if width > columns else []),
         ],
+        # Without a barrier before and behind whatever is written.
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
         **({} if interpret is None else {"interpret": interpret}),
     )(queries, index_k, block_table, seq_lens, share)

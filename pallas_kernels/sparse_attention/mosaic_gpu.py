@@ -4,7 +4,9 @@ Decode: every row walks over its own pages. Prefill: every page meets the rows t
 is merged, for some rows of the call at a time.
 """
 
+import jax
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels import hopper, tuned
 from pallas_kernels.derivatives import with_derivative_of
@@ -50,7 +52,21 @@ def _decode(q, k, v, block_ids, block_table, seq_lens, *, scale, interpret=None)
     )
 
 
-def _prefill(q, k, v, block_ids, block_table, cu_seqlens, seq_lens, context_lens, *, scale, ctas=None, interpret=None):
+def _prefill(
+    q,
+    k,
+    v,
+    block_ids,
+    block_table,
+    cu_seqlens,
+    seq_lens,
+    context_lens,
+    *,
+    scale,
+    ctas=None,
+    pairs=_PAIRS,
+    interpret=None,
+):
     from pallas_kernels.sparse_attention import mosaic_gpu_merge as merging
     from pallas_kernels.sparse_attention import mosaic_gpu_plan as planning
     from pallas_kernels.sparse_attention import mosaic_gpu_prefill as attending
@@ -66,8 +82,8 @@ def _prefill(q, k, v, block_ids, block_table, cu_seqlens, seq_lens, context_lens
     rows = prefill_rows(num_rows, cu_seqlens, seq_lens, context_lens)
     items, tails = planning.items_of(v, block_table, seq_lens)
     config = attending.TuningConfig() if ctas is None else attending.TuningConfig(ctas)
-    at_a_time = _PAIRS // (kv_heads * top_k)
-    results = []
+    at_a_time = pairs // (kv_heads * top_k)
+    out = jax.new_ref(lax.empty((num_rows * kv_heads, hopper.GROUP, hopper.DIM), q.dtype))
     for first in range(0, num_rows, at_a_time):
         end = min(first + at_a_time, num_rows)
         window = slice(first, end)
@@ -84,19 +100,20 @@ def _prefill(q, k, v, block_ids, block_table, cu_seqlens, seq_lens, context_lens
             config=config,
             interpret=interpret,
         )
-        merged = merging.merge_prefill(
+        merging.merge_prefill(
             partials,
             stats,
             plan.places,
+            jnp.asarray([first * kv_heads], jnp.int32),
+            out,
             units=(end - first) * kv_heads,
             top_k=top_k,
             scale=scale,
             config=tuned.config("merge_prefill", merging.TuningConfig(), units=(end - first) * kv_heads, top_k=top_k),
             interpret=interpret,
         )
-        merged = merged.reshape(end - first, kv_heads, hopper.GROUP, hopper.DIM)[:, :, :group]
-        results.append(merged.reshape(end - first, num_heads, hopper.DIM))
-    return results[0] if len(results) == 1 else jnp.concatenate(results)
+    results = out[...].reshape(num_rows, kv_heads, hopper.GROUP, hopper.DIM)[:, :, :group]
+    return results.reshape(num_rows, num_heads, hopper.DIM)
 
 
 sparse_attention_prefill = Implementation(

@@ -1,15 +1,18 @@
 """Attention of a decode call on Hopper: to the blocks that were chosen, or to all that a row sees.
 
 A CTA takes one (row, KV head) and a share of its blocks, and walks over their pages with an online softmax in
-base 2. The query heads that share the KV head, up to 16, are the first of the 64 rows of a wgmma: what the others
-compute is never stored. Several shares of a row are merged afterwards, a few by XLA, many by a second kernel: a
-partial result leaves as two numbers of the queries' dtype, the second what the first rounded away.
+base 2. The products are turned round, keys x queries and channels x queries, so that the query heads that share the
+KV head, 8 or 16, are the narrow side of a wgmma, of which the least is 8, instead of its 64 rows. Up to 8 shares of a
+row are a cluster, whose CTAs merge what they find in each other's shared memory. More than that are merged afterwards,
+a few by XLA, many by a second kernel: a partial result leaves as two numbers of the queries' dtype, the second what
+the first rounded away.
 """
 
 # jax does not export every name of Mosaic GPU, and calls its transforms abstract.
 # pyright: reportPrivateImportUsage=false, reportAbstractUsage=false
 
 import functools
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -24,13 +27,16 @@ from pallas_kernels.hopper import DIM, PAGE_SIZE, round_up
 from pallas_kernels.sparse_attention import mosaic_gpu_decode_merge as merging
 
 _TILE = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-_ROWS = 64
 _WGMMA = plgpu.Layout.WGMMA
+# Rows of the least tile of a wgmma.
+_ROWS = 64
 # Rows of a tile of shared memory: fewer than that cannot be copied.
 _TILE_ROWS = 8
 _NUM_SMS = 132
 # 16 shares take XLA 2.9 us and the kernel 3.4 on an H200, 64 shares take XLA four launches.
 _FEW_SHARES = 32
+# CTAs of a cluster that any Hopper GPU can run.
+_MOST_CLUSTERED = 8
 # Of a row that has seen no key: finite, so that no difference of two maxima is NaN.
 _LOWEST = float(jnp.finfo(jnp.float32).min)
 
@@ -39,7 +45,7 @@ _LOWEST = float(jnp.finfo(jnp.float32).min)
 class TuningConfig:
     """shares: CTAs that a row's blocks are split over. stages: of the ring of pages, 64 KiB each."""
 
-    CANDIDATES: ClassVar = {"shares": (1, 2, 4, 8, 16), "stages": (1, 2)}
+    CANDIDATES: ClassVar = {"shares": (1, 2, 4, 8), "stages": (1, 2)}
 
     shares: int
     stages: int
@@ -52,11 +58,15 @@ class TuningConfig:
 
     @classmethod
     def heuristic(cls, units: int, top_k: int) -> "TuningConfig":
-        """For `units` pairs of a row and a KV head: two CTAs for each SM of an H200, which hide each other's waits."""
+        """For `units` pairs of a row and a KV head: no more than a CTA for each SM, where a cluster shares a unit.
+
+        On an H200, 64 units take 21 us in pairs of CTAs and 26 in fours, two of which have to share an SM. A share of
+        two blocks holds both at a time.
+        """
         shares = 1
-        while shares < top_k and shares * units <= 128:
+        while 2 * shares <= min(top_k, _MOST_CLUSTERED) and 2 * shares * units <= _NUM_SMS:
             shares *= 2
-        return cls(shares=shares, stages=1)
+        return cls(shares=shares, stages=2 if top_k == 2 * shares else 1)
 
     @classmethod
     def for_all_blocks(cls, units: int, table_width: int) -> "TuningConfig":
@@ -90,6 +100,8 @@ def attend_decode(q, k, v, block_ids, block_table, seq_lens, *, scale: float, co
     if block_ids is not None and num_blocks % shares:
         raise ValueError(f"shares={shares} must divide the {num_blocks} chosen blocks")
     stages = min(config.stages, most)
+    # Pages of a step: all that a share has, where there is room for them.
+    together = most if most == stages else 1
     factor = scale * math.log2(math.e)
     dtype = q.dtype
     group = num_heads // kv_heads
@@ -97,6 +109,70 @@ def attend_decode(q, k, v, block_ids, block_table, seq_lens, *, scale: float, co
     queries = q.reshape(num_rows, kv_heads, group, DIM)
     if height > group:
         queries = jnp.pad(queries, ((0, 0), (0, 0), (0, height - group), (0, 0)))
+    # The shares of a row are a cluster, and merge what they have, where there are so few.
+    clustered = 1 < shares <= _MOST_CLUSTERED and height % shares == 0
+    apart = shares > 1 and not clustered
+    # Queries that a CTA merges, and how many of them at a time: a layout of 8 rows is more than the compiler finds.
+    each = height // shares
+    rows_at_a_time = min(each, 4)
+    steps = each // rows_at_a_time if clustered else 0
+
+    def merge(row, head, part, out_gmem, exchange_gmem, partial_smem, stats_smem, exchange_smem, cluster_barrier):
+        """Each CTA of a cluster merges its part of the queries.
+
+        A CTA takes from another one whole arrays, since jax 0.11 has no addresses within those of another. So array
+        (i, step) holds what the CTA i places behind the owner is to take in a step.
+        """
+        by_channel = plgpu.Layout.WG_STRIDED((rows_at_a_time, DIM), 1)
+
+        def behind(i):
+            return lax.rem(part + i, jnp.int32(shares))
+
+        def array(i, step, which, owner=None):
+            if exchange_gmem is not None:
+                return exchange_gmem.at[row, head, part if owner is None else owner, i, step, which]
+            ref = exchange_smem[(i * steps + step) * 3 + which]
+            return ref if owner is None else plgpu.cluster_ref(ref, {"share": owner})
+
+        places = [(i, step) for i in range(shares) for step in range(steps)]
+        first_queries = [behind(i) * each + step * rows_at_a_time for i, step in places]
+        # All that is read before anything is written, which the compiler takes for the same memory.
+        partials = [
+            plgpu.load(partial_smem.at[pl.ds(first, rows_at_a_time)], layout=by_channel) for first in first_queries
+        ]
+        stats = [
+            [[stats_smem[which, first + j] for j in range(rows_at_a_time)] for which in range(2)]
+            for first in first_queries
+        ]
+        for place, partial, of_place in zip(places, partials, stats, strict=True):
+            array(*place, 0)[...] = partial
+            for which, j in itertools.product(range(2), range(rows_at_a_time)):
+                stat = jnp.full((DIM,), of_place[which][j], jnp.float32)
+                array(*place, 1 + which).at[j][...] = plgpu.layout_cast(stat, plgpu.Layout.WG_STRIDED((DIM,), 1))
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(cluster_barrier)
+        plgpu.barrier_wait(cluster_barrier)
+        for step in range(steps):
+            # What the CTA i places behind has for this one, which stands shares - i places behind it.
+            partials, maxima, totals = (
+                [
+                    plgpu.load(array((shares - i) % shares, step, which, behind(i)), layout=by_channel, optimized=False)
+                    for i in range(shares)
+                ]
+                for which in range(3)
+            )
+            largest = functools.reduce(jnp.maximum, maxima)
+            weights = [jnp.exp2((maximum - largest) * factor) for maximum in maxima]
+            whole, acc = (
+                functools.reduce(jnp.add, [weight * value for weight, value in zip(weights, values, strict=True)])
+                for values in (totals, partials)
+            )
+            result = (acc * jnp.where(whole > 0, 1.0 / whole, 0.0)).astype(dtype)
+            out_gmem[row, head, pl.ds(part * each + step * rows_at_a_time, rows_at_a_time)] = result
+        # Nobody leaves before the others have taken what is theirs.
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(cluster_barrier)
+        plgpu.barrier_wait(cluster_barrier)
 
     def attend(
         q_gmem,
@@ -108,9 +184,11 @@ def attend_decode(q, k, v, block_ids, block_table, seq_lens, *, scale: float, co
     ):
         ids_gmem, rest = (None, rest) if block_ids is None else (rest[0], rest[1:])
         out_gmem, *rest = rest
-        stats_gmem, rest = (rest[0], rest[1:]) if shares > 1 else (None, rest)
-        q_smem, k_smem, v_smem, stats_smem, q_barrier, k_barrier, v_barrier, *weights_smem = rest
+        stats_gmem, rest = (rest[0], rest[1:]) if apart else (None, rest)
+        exchange_gmem, rest = (rest[0], rest[1:]) if clustered and interpret is not None else (None, rest)
+        q_smem, k_smem, v_smem, weights_smem, stats_smem, q_barrier, k_barrier, v_barrier, *rest = rest
         row, head, part = lax.axis_index("row"), lax.axis_index("head"), lax.axis_index("share")
+        plgpu.copy_gmem_to_smem(q_gmem.at[row, head], q_smem, q_barrier)
         sequence = lax.div(row, jnp.int32(num_queries))
         position = lens_gmem[sequence] - num_queries + lax.rem(row, jnp.int32(num_queries))
         own = jnp.where(position >= 0, lax.div(position, jnp.int32(PAGE_SIZE)), -1)
@@ -130,7 +208,8 @@ def attend_decode(q, k, v, block_ids, block_table, seq_lens, *, scale: float, co
         else:
 
             def block(i):
-                return ids_gmem[row, head, part * most + i]
+                # Looked at a step before anybody knows whether there is such a block.
+                return ids_gmem[row, head, part * most + jnp.minimum(i, most - 1)]
 
             # Unused ids lie on the right as a rule; one in between is walked over with every key masked.
             count = jnp.int32(0)
@@ -142,134 +221,182 @@ def attend_decode(q, k, v, block_ids, block_table, seq_lens, *, scale: float, co
             entry = table_gmem[sequence, jnp.clip(block(i), 0, table_width - 1)]
             return jnp.clip(entry, 0, num_pages - 1)
 
-        def load_k(i, slot):
-            plgpu.copy_gmem_to_smem(k_gmem.at[page(i), head], k_smem.at[slot], k_barrier.at[slot])
+        def load_k(page, slot):
+            plgpu.copy_gmem_to_smem(k_gmem.at[page, head], k_smem.at[slot], k_barrier.at[slot])
 
-        def load_v(i, slot):
-            plgpu.copy_gmem_to_smem(v_gmem.at[page(i), head], v_smem.at[slot], v_barrier.at[slot])
+        def load_v(page, slot):
+            plgpu.copy_gmem_to_smem(v_gmem.at[page, head], v_smem.at[slot], v_barrier.at[slot])
+
+        def over_keys(value):
+            return lax.broadcast_in_dim(value, (PAGE_SIZE, height), [1])
+
+        # Before the first copy begins, so that none waits for the next one's page.
+        first_pages = [page(jnp.int32(i)) for i in range(stages + (together == 1))]
 
         def step(i, carry):
-            acc, largest, total = carry
-            slot = lax.rem(i, jnp.int32(stages))
-            num_seen = jnp.where(used(block(i)), position + 1 - block(i) * PAGE_SIZE, 0)
-            plgpu.barrier_wait(k_barrier.at[slot])
+            acc, largest, total, *next_page = carry
+            # It takes as long as a step.
+            pages_then = [page(i + stages + 1) for _ in next_page]
+            slots = [lax.rem(i, jnp.int32(stages))] if together == 1 else list(range(together))
+            blocks = [i * together + j for j in range(together)]
 
-            def multiply_k(acc):
-                plgpu.wgmma(acc, q_smem, k_smem.at[slot].T)
-                return acc[...]
+            def seen_of(i):
+                return jnp.where(jnp.logical_and(i < count, used(block(i))), position + 1 - block(i) * PAGE_SIZE, 0)
 
-            logits = pl.run_scoped(multiply_k, plgpu.ACC((_ROWS, PAGE_SIZE), jnp.float32))
+            nums_seen = [seen_of(i) for i in blocks]
 
-            @pl.when(i + stages < count)
-            def _():
-                load_k(i + stages, slot)
-
-            def mask(logits):
-                key = plgpu.broadcasted_iota(jnp.int32, (_ROWS, PAGE_SIZE), 1, layout=_WGMMA)
+            def mask(logits, num_seen):
+                key = plgpu.broadcasted_iota(jnp.int32, (PAGE_SIZE, height), 0, layout=_WGMMA)
                 return jnp.where(key < num_seen, logits, -jnp.inf)
 
-            logits = lax.cond(num_seen < PAGE_SIZE, mask, lambda logits: logits, logits)
-            new_largest = jnp.maximum(largest, logits.max(axis=1))
+            logits = []
+            for slot, num_seen in zip(slots, nums_seen, strict=True):
+                plgpu.barrier_wait(k_barrier.at[slot])
+
+                def multiply_k(acc, slot=slot):
+                    plgpu.wgmma(acc, k_smem.at[slot], q_smem.T)
+                    return acc[...]
+
+                of_page = pl.run_scoped(multiply_k, plgpu.ACC((PAGE_SIZE, height), jnp.float32))
+                if together == 1:
+
+                    @pl.when(i + stages < count)
+                    def _():
+                        plgpu.commit_smem()  # every warp has read the page
+                        load_k(next_page[0], slots[0])
+
+                logits.append(lax.cond(num_seen < PAGE_SIZE, mask, lambda logits, _: logits, of_page, num_seen))
+            new_largest = jnp.maximum(largest, functools.reduce(jnp.maximum, logits).max(axis=0))
             # The difference first: scaled huge logits are not exact, and the largest must weigh 1.
-            decay = jnp.exp2((largest - new_largest) * factor)
-            weights = jnp.exp2((logits - lax.broadcast_in_dim(new_largest, logits.shape, [0])) * factor)
-            weights = weights.astype(dtype)
-            # Of what is multiplied: the rounding of equal weights then cancels.
-            total = total * decay + weights.astype(jnp.float32).sum(axis=1)
-            plgpu.barrier_wait(v_barrier.at[slot])
+            decay = over_keys(jnp.exp2((largest - new_largest) * factor))
+            total = total * decay
+            for j in range(together):
+                weights = jnp.exp2((logits[j] - over_keys(new_largest)) * factor).astype(dtype)
+                # Of what is multiplied: the rounding of equal weights then cancels.
+                total = total + weights.astype(jnp.float32)
+                # Every warp has multiplied with the weights before: the maxima above waited for all.
+                weights_smem.at[j].T[...] = plgpu.layout_cast(weights, plgpu.Layout.WGMMA_TRANSPOSED)
+            plgpu.commit_smem()
+            for slot, num_seen in zip(slots, nums_seen, strict=True):
+                plgpu.barrier_wait(v_barrier.at[slot])
 
-            @pl.when(num_seen < PAGE_SIZE)
-            def _():
-                # A weight of 0 does not silence a NaN in an unused slot.
-                values = plgpu.load(v_smem.at[slot], layout=_WGMMA)
-                key = plgpu.broadcasted_iota(jnp.int32, (PAGE_SIZE, DIM), 0, layout=_WGMMA)
-                v_smem.at[slot][...] = jnp.where(key < num_seen, values, jnp.zeros_like(values))
-                plgpu.commit_smem()
-
-            if weights_smem:
-                weights_smem[0][...] = weights
-                plgpu.commit_smem()
+                @pl.when(num_seen < PAGE_SIZE)
+                def _(slot=slot, num_seen=num_seen):
+                    # A weight of 0 does not silence a NaN in an unused slot.
+                    for first in range(0, PAGE_SIZE, _ROWS):
+                        rows = v_smem.at[slot, pl.ds(first, _ROWS)]
+                        values = plgpu.load(rows, layout=_WGMMA)
+                        key = plgpu.broadcasted_iota(jnp.int32, (_ROWS, DIM), 0, layout=_WGMMA) + first
+                        rows[...] = jnp.where(key < num_seen, values, jnp.zeros_like(values))
+                    plgpu.commit_smem()
 
             def multiply_v(acc):
-                plgpu.wgmma(acc, weights_smem[0] if weights_smem else weights, v_smem.at[slot])
+                for j, slot in enumerate(slots):
+                    plgpu.wgmma(acc, v_smem.at[slot].T, weights_smem.at[j].T)
                 return acc[...]
 
-            values = pl.run_scoped(multiply_v, plgpu.ACC((_ROWS, DIM), jnp.float32))
-            acc = acc * lax.broadcast_in_dim(decay, (_ROWS, DIM), [0]) + values
+            values = pl.run_scoped(multiply_v, plgpu.ACC((DIM, height), jnp.float32))
+            acc = acc * decay + values
+            if together == 1:
 
-            @pl.when(i + stages < count)
-            def _():
-                load_v(i + stages, slot)
+                @pl.when(i + stages < count)
+                def _():
+                    plgpu.commit_smem()
+                    load_v(next_page[0], slots[0])
 
-            return acc, new_largest, total
+            return acc, new_largest, total, *pages_then
 
-        plgpu.copy_gmem_to_smem(q_gmem.at[row, head], q_smem.at[pl.ds(0, height)], q_barrier)
         for i in range(stages):
 
-            @pl.when(i < count)
+            @pl.when(i < count if together == 1 else count > 0)
             def _(i=i):
-                load_k(jnp.int32(i), i)
-                load_v(jnp.int32(i), i)
+                load_k(first_pages[i], i)
+                load_v(first_pages[i], i)
 
-        def rows_of(value):
-            return plgpu.layout_cast(jnp.full((_ROWS,), value, jnp.float32), _WGMMA.reduce(1))
+        def tile_of(value):
+            return plgpu.layout_cast(jnp.full((PAGE_SIZE, height), value, jnp.float32), _WGMMA)
 
-        acc = plgpu.layout_cast(jnp.zeros((_ROWS, DIM), jnp.float32), _WGMMA)
+        largest = plgpu.layout_cast(jnp.full((height,), _LOWEST, jnp.float32), _WGMMA.reduce(0))
         plgpu.barrier_wait(q_barrier)
-        acc, largest, total = lax.fori_loop(0, count, step, (acc, rows_of(_LOWEST), rows_of(0.0)))
+        steps_over = count if together == 1 else (count > 0).astype(jnp.int32)
+        carry = (tile_of(0.0), largest, tile_of(0.0), *first_pages[stages:])
+        acc, largest, total, *_pages = lax.fori_loop(0, steps_over, step, carry)
+        total = total.sum(axis=0)
+        if clustered:
+            partial_smem, cluster_barrier, *exchange_smem = rest
+            partial_smem.T[...] = plgpu.layout_cast(acc, plgpu.Layout.WGMMA_TRANSPOSED)
+            stats_smem[0] = largest
+            stats_smem[1] = total
+            plgpu.commit_smem()
+            merge(row, head, part, out_gmem, exchange_gmem, partial_smem, stats_smem, exchange_smem, cluster_barrier)
+            return
         inverse = jnp.where(total > 0, 1.0 / total, 0.0)
-        acc = acc * lax.broadcast_in_dim(inverse, (_ROWS, DIM), [0])
-        # Every page of keys has been used, so the results leave from the first one's place.
+        acc = acc * over_keys(inverse)
+        # All queries and weights have been used, so the results leave from their places.
         high = acc.astype(dtype)
-        k_smem.at[0, pl.ds(0, _ROWS)][...] = high
+        q_smem.T[...] = plgpu.layout_cast(high, plgpu.Layout.WGMMA_TRANSPOSED)
         if stats_gmem is not None:
-            k_smem.at[0, pl.ds(_ROWS, _ROWS)][...] = (acc - high.astype(jnp.float32)).astype(dtype)
+            low = (acc - high.astype(jnp.float32)).astype(dtype)
+            weights_smem.at[0].T[...] = plgpu.layout_cast(low, plgpu.Layout.WGMMA_TRANSPOSED)
             stats_smem[0] = largest
             stats_smem[1] = total
         plgpu.commit_smem()
-        for i in range(out_gmem.shape[3]):
-            rows = k_smem.at[0, pl.ds(i * _ROWS, height)]
-            plgpu.copy_smem_to_gmem(rows, out_gmem.at[row, head, part, i])
         if stats_gmem is not None:
+            plgpu.copy_smem_to_gmem(q_smem, out_gmem.at[row, head, part, 0])
+            plgpu.copy_smem_to_gmem(weights_smem.at[0], out_gmem.at[row, head, part, 1])
             for i in range(2):
-                plgpu.copy_smem_to_gmem(stats_smem.at[i, pl.ds(0, height)], stats_gmem.at[row, head, part, i])
+                plgpu.copy_smem_to_gmem(stats_smem.at[i], stats_gmem.at[row, head, part, i])
+        else:
+            plgpu.copy_smem_to_gmem(q_smem, out_gmem.at[row, head])
         plgpu.wait_smem_to_gmem(0)
 
-    halves = 2 if shares > 1 else 1
-    out = [jax.ShapeDtypeStruct((num_rows, kv_heads, shares, halves, height, DIM), dtype)]
-    if shares > 1:
+    partial = (num_rows, kv_heads, shares)
+    if apart:
         room = round_up(shares, merging.TILE)
-        out.append(jax.ShapeDtypeStruct((num_rows, kv_heads, room, 2, height), jnp.float32))
+        out = [
+            jax.ShapeDtypeStruct((*partial, 2, height, DIM), dtype),
+            jax.ShapeDtypeStruct((num_rows, kv_heads, room, 2, height), jnp.float32),
+        ]
+    else:
+        out = [jax.ShapeDtypeStruct((num_rows, kv_heads, height, DIM), dtype)]
+    tile = plgpu.SMEM((height, DIM), dtype, transforms=_TILE)
     page = plgpu.SMEM((stages, PAGE_SIZE, DIM), dtype, transforms=_TILE)
     scratch = [
-        plgpu.SMEM((_ROWS, DIM), dtype, transforms=_TILE),
+        tile,
         page,
         page,
-        plgpu.SMEM((2, _ROWS), jnp.float32),
+        plgpu.SMEM((together, height, PAGE_SIZE), dtype, transforms=_TILE),
+        plgpu.SMEM((2, height), jnp.float32),
         plgpu.Barrier(),
         plgpu.Barrier(num_barriers=stages),
         plgpu.Barrier(num_barriers=stages),
     ]
-    if interpret is not None:  # it multiplies from shared memory only
-        scratch.append(plgpu.SMEM((_ROWS, PAGE_SIZE), dtype, transforms=_TILE))
+    grid, names, cluster = (num_rows, kv_heads, shares), ("row", "head", "share"), {}
+    if clustered:
+        grid, names, cluster = grid[:2], names[:2], {"cluster": (shares,), "cluster_names": ("share",)}
+        scratch += [plgpu.SMEM((height, DIM), jnp.float32), plgpu.ClusterBarrier(collective_axes=("share",))]
+        if interpret is None:
+            scratch += [plgpu.SMEM((rows_at_a_time, DIM), jnp.float32)] * (3 * steps * shares)
+        else:  # it knows clusters, but not the shared memory of others
+            out.append(jax.ShapeDtypeStruct((*partial, shares, steps, 3, rows_at_a_time, DIM), jnp.float32))
     if block_ids is None:
         attend.__name__ = "attend_all"  # for profiles
-    partials, *stats = plgpu.kernel(
+    result, *stats = plgpu.kernel(
         attend,
         out_type=out,
-        grid=(num_rows, kv_heads, shares),
-        grid_names=("row", "head", "share"),
+        grid=grid,
+        grid_names=names,
+        **cluster,
         scratch_types=scratch,
-        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
+        # Without a barrier before and behind whatever is written.
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         **({} if interpret is None else {"interpret": interpret}),
     )(queries, k, v, block_table, seq_lens, *(() if block_ids is None else (block_ids,)))
-    if stats and shares <= _FEW_SHARES:
-        result = _merge(partials, stats[0], factor)[:, :, :group]
-    elif stats:
-        result = merging.merge_decode(partials, stats[0], group=group, factor=factor, interpret=interpret)
-    else:
-        result = partials[:, :, 0, 0, :group]
-    return result.reshape(num_rows, num_heads, DIM)
+    if apart and shares <= _FEW_SHARES:
+        result = _merge(result, stats[0], factor)
+    elif apart:
+        result = merging.merge_decode(result, stats[0], group=group, factor=factor, interpret=interpret)
+    return result[:, :, :group].reshape(num_rows, num_heads, DIM)
 
 
 def _merge(partials, stats, factor: float):

@@ -42,11 +42,22 @@ class TuningConfig:
 
 @functools.partial(jax.jit, static_argnames=("units", "top_k", "scale", "config", "interpret"))
 def merge_prefill(
-    partials, stats, places, *, units: int, top_k: int, scale: float, config: TuningConfig, interpret: Any
+    partials,
+    stats,
+    places,
+    first_unit,
+    out,
+    *,
+    units: int,
+    top_k: int,
+    scale: float,
+    config: TuningConfig,
+    interpret: Any,
 ):
-    """Results [units, G, H] from what `attend_prefill` returns.
+    """Write the results of `units` units, from what `attend_prefill` returns, into a Ref of the whole call's.
 
     places: i32[units * C], the place of each slot's partial result, 4 to a tile; -1 where a slot was not used.
+    first_unit: i32[1], of `out` [T * K, G, H]. So no call has to be put together from its parts: a copy of it all.
     """
     groups = -(-units // _UNITS)
     dtype = partials.dtype
@@ -59,6 +70,7 @@ def merge_prefill(
         partials_gmem,
         stats_gmem,
         places_gmem,
+        first_unit_gmem,
         out_gmem,
         partials_smem,
         stats_smem,
@@ -69,6 +81,7 @@ def merge_prefill(
         places_barrier,
     ):
         group = lax.axis_index("group")
+        first_unit = first_unit_gmem[0]
         row_layout = _WGMMA.reduce(1)
         plgpu.copy_gmem_to_smem(places_gmem.at[group], places_smem, places_barrier)
         plgpu.copy_gmem_to_smem(stats_gmem.at[group], stats_smem, stats_barrier)
@@ -133,13 +146,13 @@ def merge_prefill(
             @pl.when(group * _UNITS + unit < units)
             def _(unit=unit):
                 rows = out_smem.at[pl.ds(unit * GROUP, GROUP)]
-                plgpu.copy_smem_to_gmem(rows, out_gmem.at[group * _UNITS + unit])
+                plgpu.copy_smem_to_gmem(rows, out_gmem.at[first_unit + group * _UNITS + unit])
 
         plgpu.wait_smem_to_gmem(0)
 
-    return plgpu.kernel(
+    plgpu.kernel(
         merge,
-        out_type=jax.ShapeDtypeStruct((units, GROUP, DIM), dtype),
+        out_type=[],
         grid=(groups,),
         grid_names=("group",),
         scratch_types=[
@@ -153,4 +166,4 @@ def merge_prefill(
         ],
         compiler_params=plgpu.CompilerParams(approx_math=True),
         **({} if interpret is None else {"interpret": interpret}),
-    )(partials, stats, places)
+    )(partials, stats, places, first_unit, out)

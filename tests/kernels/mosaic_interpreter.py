@@ -1,6 +1,6 @@
-"""Runs one Mosaic GPU kernel in Pallas' interpreter, with race detection, against the oracle.
+"""Runs Mosaic GPU kernels in Pallas' interpreter, with race detection, against the oracle.
 
-    NPROC=16 JAX_PLATFORMS=cpu python tests/kernels/mosaic_interpreter.py CHECK
+    NPROC=16 JAX_PLATFORMS=cpu python tests/kernels/mosaic_interpreter.py CHECK ...
 
 NPROC must be in the environment before jax is imported: the interpreter wants a thread for each warpgroup and warp.
 """
@@ -10,12 +10,12 @@ import sys
 from dataclasses import replace
 
 import jax
-import jax.numpy as jnp
 import norm_rope_cases
 import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernel_cases import TOLERANCES, Batch, Case, Sizes, every_block, make_batch, random_choice
 
+from pallas_kernels import tuned
 from pallas_kernels.index_topk import merge_candidates
 from pallas_kernels.index_topk import mosaic_gpu as index
 from pallas_kernels.index_topk import mosaic_gpu_choose as choosing
@@ -24,6 +24,7 @@ from pallas_kernels.index_topk.shares import Shares
 from pallas_kernels.norm_rope_cache import mosaic_gpu as norm_rope
 from pallas_kernels.paged_attention import mosaic_gpu as paged
 from pallas_kernels.sparse_attention import mosaic_gpu as attention
+from pallas_kernels.sparse_attention import mosaic_gpu_decode as attending
 
 RACES = plgpu.InterpretGPUParams(detect_races=True)
 SIZES = Sizes(
@@ -61,7 +62,10 @@ def index_prefill() -> None:
     score = functools.partial(index._score_prefill, interpret=RACES)
     np.testing.assert_array_equal(jax.jit(score)(*batch.index_args), batch.scores())
     # Windows of one CTA and windows of several.
-    for config in (choosing_prefill.TuningConfig(2), choosing_prefill.TuningConfig(5, turns=1)):
+    for config in (
+        choosing_prefill.TuningConfig(2, piece_cost=0),
+        choosing_prefill.TuningConfig(5, piece_cost=2),
+    ):
         choose = functools.partial(index._topk_prefill, **batch.sizes.choice, config=config, interpret=RACES)
         np.testing.assert_array_equal(jax.jit(choose)(*batch.index_args), batch.choice())
 
@@ -75,35 +79,29 @@ def index_candidates() -> None:
         options = {} if decode else {"config": choosing_prefill.TuningConfig(3)}
         find = functools.partial(run, num_shares=3, **sizes.choice, **options, interpret=RACES)
         find = jax.jit(find)
-        found = jnp.stack([find(*batch.index_args, jnp.int32(share)) for share in range(3)])
-        np.testing.assert_array_equal(merge_candidates(found), batch.choice())
+        found = np.stack([find(*batch.index_args, np.int32(share)) for share in range(3)])
+        np.testing.assert_array_equal(jax.jit(merge_candidates)(found), batch.choice())
 
 
 def choose_special_scores() -> None:
-    """Every way through the choice: ties, zeros of both signs, infinities, NaN; one warpgroup, several, several CTAs.
+    """Every way through the choice: ties, zeros of both signs, infinities, NaN; in the last column a lane has the best.
 
-    In the last column the best are all a single lane's.
+    One warpgroup, several, a cluster of several CTAs, more CTAs than a cluster has.
     """
-    blocks, columns = 256, 8
+    blocks, columns = 288, 8
     rng = np.random.default_rng(0)
     special = np.array([np.nan, np.inf, -np.inf, 0.0, -0.0, 1.0, -1.0, 3e38, -3e38, 1e-40], np.float32)
     scores = rng.choice(special, (2, blocks, columns))
-    scores[:, ::32, -1] = 4e37 + 1e36 * np.arange(8, dtype=np.float32)
+    scores[:, ::32, -1] = 4e37 + 1e36 * np.arange(9, dtype=np.float32)
     scores[:, :, -1] = np.minimum(scores[:, :, -1], 5e37)
-    positions = np.array([255 * 128 + 5, -1], np.int32)
+    positions = np.array([287 * 128 + 5, -1], np.int32)
     ordered = np.nan_to_num(np.where(np.isnan(scores), -np.inf, scores))
-    for config in (choosing.TuningConfig(256, 1), choosing.TuningConfig(64, 4), choosing.TuningConfig(32, 2)):
+    for chunk, warpgroups in ((288, 1), (96, 4), (96, 2), (32, 1)):
+        config = choosing.TuningConfig(chunk, warpgroups)
+        padded = np.pad(scores, ((0, 0), (0, -blocks % config.blocks), (0, 0)), constant_values=np.nan)
         choice = choosing.Choice(4, columns, Shares(blocks), 8, init_blocks=1, local_blocks=2)
-        got = np.asarray(
-            choosing.choose(
-                jnp.asarray(scores),
-                jnp.asarray(positions),
-                jnp.zeros((1,), jnp.int32),
-                choice=choice,
-                config=config,
-                interpret=RACES,
-            )
-        )
+        choose = jax.jit(functools.partial(choosing.choose, choice=choice, config=config, interpret=RACES))
+        got = np.asarray(choose(padded, positions, np.zeros(1, np.int32)))
         for slab, position in enumerate(positions):
             for column in range(columns):
                 own = (position + column // 4) // 128
@@ -115,11 +113,14 @@ def choose_special_scores() -> None:
 
 
 def attention_decode() -> None:
+    """A row's blocks in one CTA, and in two that merge what they have."""
     batch = make_batch(CASE, decode=True)
     block_ids = random_choice(batch)
     args = batch.attention_args(block_ids)
-    attend = functools.partial(attention._decode, scale=batch.scale, interpret=RACES)
-    check_attention(batch, jax.jit(attend)(*args), block_ids)
+    for config in (attending.TuningConfig(1, 2), attending.TuningConfig(2, 1)):
+        with tuned.choosing(lambda _kernel, _bucket, _heuristic, config=config: config):
+            attend = functools.partial(attention._decode, scale=batch.scale, interpret=RACES)
+            check_attention(batch, jax.jit(attend)(*args), block_ids)
 
 
 def norm_rope_cache() -> None:
@@ -142,7 +143,8 @@ def attention_prefill() -> None:
     batch = make_batch(CASE, decode=False)
     block_ids = batch.choice()
     args = batch.attention_args(block_ids)
-    attend = functools.partial(attention._prefill, scale=batch.scale, ctas=2, interpret=RACES)
+    # Two windows of rows, each merged into its part of the result.
+    attend = functools.partial(attention._prefill, scale=batch.scale, ctas=2, pairs=128, interpret=RACES)
     check_attention(batch, jax.jit(attend)(*args), block_ids)
 
 
@@ -161,4 +163,6 @@ CHECKS = {
 }
 
 if __name__ == "__main__":
-    CHECKS[sys.argv[1]]()
+    jax.config.update("jax_disable_most_optimizations", True)
+    for name in sys.argv[1:]:
+        CHECKS[name]()

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.index_topk import keys
-from pallas_kernels.index_topk.mosaic_gpu_lists import insert, merge
+from pallas_kernels.index_topk.mosaic_gpu_lists import insert
 
 COLUMNS = 200
 
@@ -42,18 +42,3 @@ def test_insert(length: int, count: int):
         for got, wanted in zip(found, expected, strict=True):
             np.testing.assert_array_equal(np.stack(got)[:filled], wanted)
         assert all((np.asarray(rest) == keys.INVISIBLE).all() for rest in found[0][filled:])
-
-
-@pytest.mark.parametrize("length", [1, 4, 32])
-@pytest.mark.parametrize("seed", [0, 1])
-def test_merge(length: int, seed: int):
-    """Blocks dealt to two lists in turns, so that equal keys stand in either."""
-    key, number = drawn(2 * length, seed)
-    lists = [best(key[part::2], number[part::2], length) for part in range(2)]
-    lists = [tuple(tuple(map(jnp.asarray, values)) for values in each) for each in lists]
-    expected = best(key, number, length)
-    for first, second in (lists, lists[::-1]):
-        for got, wanted in zip(merge(first, second), expected, strict=True):
-            np.testing.assert_array_equal(np.stack(got), wanted)
-    for got, wanted in zip(merge(lists[0], empty(length)), lists[0], strict=True):
-        np.testing.assert_array_equal(np.stack(got), np.stack(wanted))
