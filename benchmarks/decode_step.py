@@ -96,10 +96,11 @@ def random_weights(model: Callable[[], nnx.Module]) -> tuple[Any, nnx.State]:
     return graphdef, jax.tree.map(fill, state)
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def _normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     """What takes gigabytes (experts) repeats along its first dimension: to draw it takes memory several times over."""
     drawn = shape[1:] if math.prod(shape) > 2**31 else shape
-    return jax.jit(lambda key: jnp.broadcast_to(0.02 * jax.random.normal(key, drawn, dtype), shape))(key)
+    return jnp.broadcast_to(0.02 * jax.random.normal(key, drawn, dtype), shape)
 
 
 def random_cache(config: M3Config, batch: int, context: int, seed: int = 0) -> Cache:
