@@ -35,8 +35,8 @@ _TILE_ROWS = 8
 _NUM_SMS = 132
 # 16 shares take XLA 2.9 us and the kernel 3.4 on an H200, 64 shares take XLA four launches.
 _FEW_SHARES = 32
-# CTAs of a cluster that any Hopper GPU can run.
-_MOST_CLUSTERED = 8
+# CTAs of a cluster that any Hopper GPU can run, and how many SMs such clusters are sure to find room on.
+_MOST_CLUSTERED, _SMS_FOR_EIGHTS = 8, 96
 # Of a row that has seen no key: finite, so that no difference of two maxima is NaN.
 _LOWEST = float(jnp.finfo(jnp.float32).min)
 
@@ -60,11 +60,14 @@ class TuningConfig:
     def heuristic(cls, units: int, top_k: int) -> "TuningConfig":
         """For `units` pairs of a row and a KV head: no more than a CTA for each SM, where a cluster shares a unit.
 
-        On an H200, 64 units take 21 us in pairs of CTAs and 26 in fours, two of which have to share an SM. A share of
-        two blocks holds both at a time.
+        On an H200, 64 units take 21 us in pairs of CTAs and 26 in fours, two of which have to share an SM; 16 units
+        take 10.4 us in fours and 14.6 in eights, not all of which run at once: a cluster keeps to one part of the chip.
+        A share of two blocks holds both at a time.
         """
         shares = 1
-        while 2 * shares <= min(top_k, _MOST_CLUSTERED) and 2 * shares * units <= _NUM_SMS:
+        while 2 * shares <= min(top_k, _MOST_CLUSTERED):
+            if 2 * shares * units > (_NUM_SMS if 2 * shares < _MOST_CLUSTERED else _SMS_FOR_EIGHTS):
+                break
             shares *= 2
         return cls(shares=shares, stages=2 if top_k == 2 * shares else 1)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import CASES, EVERY_CASE, KERNEL_CASES, Batch, Case, Sizes, at_kernel_sizes, make_batch
+from kernel_cases import CASES, EVERY_CASE, KERNEL_CASES, Batch, Case, Sizes, at_kernel_sizes, compiled, make_batch
 
 from pallas_kernels.index_topk.api import OPERATIONS
 
@@ -20,7 +20,7 @@ def run(name: str, impl: str, batch: Batch, **options) -> np.ndarray:
     reason = operation.why_not(impl, *batch.index_args, **options)
     if reason is not None:
         pytest.skip(reason)
-    return np.asarray(operation(*batch.index_args, impl=impl, **options))
+    return np.asarray(compiled(operation, impl, **options)(*batch.index_args))
 
 
 @BOTH

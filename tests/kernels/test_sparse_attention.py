@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import CASES, EVERY_CASE, TOLERANCES, Batch, Case, make_batch, random_choice
+from kernel_cases import CASES, EVERY_CASE, TOLERANCES, Batch, Case, compiled, make_batch, random_choice
 from test_index_topk import BOTH, drawn_cases
 
 from pallas_kernels.sparse_attention.api import OPERATIONS
@@ -19,7 +19,7 @@ def check(impl: str, batch: Batch, block_ids: np.ndarray) -> np.ndarray:
     reason = operation.why_not(impl, *args, scale=batch.scale)
     if reason is not None:
         pytest.skip(reason)
-    got = np.asarray(operation(*args, scale=batch.scale, impl=impl))
+    got = np.asarray(compiled(operation, impl, scale=batch.scale)(*args))
     assert got.dtype == batch.q.dtype
     expected = batch.attention(block_ids)
     error = np.abs(got.astype(np.float64) - expected).max()
