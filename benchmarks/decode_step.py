@@ -39,13 +39,7 @@ from m3_jax.model import M3ForCausalLM
 from m3_jax.moe import Router
 
 M3 = M3Config.m3()
-SIX_LAYERS = dataclasses.replace(
-    M3,
-    num_hidden_layers=6,
-    sparse_attention_layers=M3.sparse_attention_layers[:6],
-    moe_layers=M3.moe_layers[:6],
-    vision=None,
-)
+SIX_LAYERS = dataclasses.replace(M3.with_layers(M3.layer_kinds[:6]), vision=None)
 # Modules of one call, as far as their pages find room.
 MOST_MODULES, MOST_CACHE_BYTES = 4, 40e9
 DTYPE = jnp.dtype(jnp.bfloat16)
@@ -145,9 +139,7 @@ def module_call(case: Case) -> tuple[Donating, int, dict[str, float]]:
     """The modules one after another, how many they are, and the bytes that one of them moves."""
     token = ITEM * (2 * M3.num_key_value_heads * M3.head_dim + M3.sparse_attention.index_dim)
     count = int(max(1, min(MOST_MODULES, MOST_CACHE_BYTES // (case.batch * case.context * token))))
-    config = dataclasses.replace(
-        M3, num_hidden_layers=count, sparse_attention_layers=(True,) * count, moe_layers=(True,) * count
-    )
+    config = M3.with_layers([(True, True)] * count)
     graphdef, _ = nnx.split(nnx.eval_shape(lambda: _attention(config)))
     weights = [random_weights(lambda: _attention(config))[1] for _ in range(count)]
     cache = random_cache(config, case.batch, case.context)

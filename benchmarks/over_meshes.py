@@ -71,17 +71,6 @@ ROOM = COMPARED + CALLS * (ROUNDS + 1) + 4
 Measure = Callable[[], dict[str, Any]]
 
 
-def first_layers(config: M3Config, layers: int) -> M3Config:
-    """The config cut to its first layers."""
-    return dataclasses.replace(
-        config,
-        num_hidden_layers=layers,
-        sparse_attention_layers=config.sparse_attention_layers[:layers],
-        moe_layers=config.moe_layers[:layers],
-        vision=None,
-    )
-
-
 @dataclasses.dataclass(frozen=True)
 class Compiled:
     """An executable, the seconds that lowering and compiling took, and how its reductions are made."""
@@ -578,7 +567,10 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1, help="how many they are")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
-    config = first_layers(named_config(args.config), args.layers)
+    config = named_config(args.config)
+    if not 1 <= args.layers <= config.num_hidden_layers:
+        parser.error(f"--layers {args.layers}: must be 1 to {config.num_hidden_layers}, as the model has")
+    config = dataclasses.replace(config.with_layers(config.layer_kinds[: args.layers]), vision=None)
     known = environment("flax") | {"devices": len(jax.devices()), "xla_flags": os.environ.get("XLA_FLAGS", "")}
     record: dict[str, Any] = {"meshes": []}
     for text in args.meshes:

@@ -46,11 +46,6 @@ def abstract_model(
     return nnx.merge(graphdef, nnx.from_flat_state(placed))
 
 
-def targets_by_path(model: M3ForCausalLM) -> dict[str, jax.ShapeDtypeStruct]:
-    """What each weight of an abstract model is to become, by its path, such as "layers.0.mlp.down_proj.weight"."""
-    return {".".join(map(str, path)): variable.get_value() for path, variable in nnx.to_flat_state(nnx.state(model))}
-
-
 def fill(model: M3ForCausalLM, values: Iterable[tuple[str, jax.Array]]) -> M3ForCausalLM:
     """The abstract model with these weights, by path; there must be one for each."""
     graphdef, state = nnx.split(model)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 ARCHITECTURE = "MiniMaxM3SparseForConditionalGeneration"
@@ -189,6 +189,20 @@ class M3Config:
     def has_sparse_attention(self) -> bool:
         """Whether any layer has block-sparse attention."""
         return any(self.sparse_attention_layers)
+
+    @property
+    def layer_kinds(self) -> tuple[tuple[bool, bool], ...]:
+        """Of each layer: whether its attention is block-sparse, and its MLP a mixture of experts."""
+        return tuple(zip(self.sparse_attention_layers, self.moe_layers, strict=True))
+
+    def with_layers(self, kinds: Sequence[tuple[bool, bool]]) -> M3Config:
+        """The config of a model with layers of these kinds instead, such as the first ones of `layer_kinds`."""
+        return dataclasses.replace(
+            self,
+            num_hidden_layers=len(kinds),
+            sparse_attention_layers=tuple(sparse for sparse, _ in kinds),
+            moe_layers=tuple(moe for _, moe in kinds),
+        )
 
     @classmethod
     def m3(cls) -> M3Config:

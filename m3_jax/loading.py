@@ -8,14 +8,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from m3_jax.abstract_model import abstract_model, fill, targets_by_path
+from m3_jax.abstract_model import abstract_model, fill
 from m3_jax.checkpoint.errors import CheckpointError, listing
 from m3_jax.checkpoint.huggingface import HuggingFaceCheckpoint
 from m3_jax.checkpoint.names import Part, Weight
 from m3_jax.checkpoint.open import open_checkpoint
 from m3_jax.checkpoint.orbax_parts import chunk_rows, empty_aligned, read_part
 from m3_jax.checkpoint.store import OrbaxCheckpoint
-from m3_jax.model import M3ForCausalLM
+from m3_jax.model import M3ForCausalLM, weights_by_path
 
 VISION_PART = "vision"
 # Threads that read the released layout: enough for a fast disk, and no more than a small machine bears.
@@ -41,7 +41,7 @@ def load(path: str | Path, *, mesh: Mesh | None = None, dtype: jax.typing.DTypeL
         stored = checkpoint.dtypes["embed_tokens.weight"]
         dtype = stored if stored.name == "bfloat16" else np.dtype(np.float32)
     model = abstract_model(checkpoint.config, dtype=dtype, mesh=mesh)
-    targets = targets_by_path(model)
+    targets = weights_by_path(model)
     text_parts = [part for part in checkpoint.parts if part.name != VISION_PART]
     named = {weight.path for part in text_parts for weight in part.weights}
     if named != targets.keys():

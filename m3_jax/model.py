@@ -154,7 +154,7 @@ class M3ForCausalLM(nnx.Module):
         self.embed_tokens = Embedding(config, dtype=dtype, rngs=rngs)
         self.layers = nnx.List(
             DecoderLayer(config, sparse_attention=sparse, moe=moe, dtype=dtype, rngs=rngs)
-            for sparse, moe in zip(config.sparse_attention_layers, config.moe_layers, strict=True)
+            for sparse, moe in config.layer_kinds
         )
         self.norm = RMSNorm(config.hidden_size, "embed", config.rms_norm_eps, dtype=dtype, rngs=rngs)
         self.lm_head = None if config.tie_word_embeddings else Head(config, dtype=dtype, rngs=rngs)
@@ -288,6 +288,11 @@ def split(model: M3ForCausalLM) -> tuple[Structure, nnx.State]:
     """What `jax.jit` takes as a static argument and as a pytree."""
     graphdef, weights = nnx.split(model)
     return _structure(graphdef, model.config, mesh_of(weights)), weights
+
+
+def weights_by_path(model: M3ForCausalLM) -> dict[str, Any]:
+    """Each weight, or what stands for it in an abstract model, by its path, such as "layers.0.mlp.down_proj.weight"."""
+    return {".".join(map(str, path)): weight.get_value() for path, weight in nnx.to_flat_state(nnx.state(model))}
 
 
 def _over_rows(

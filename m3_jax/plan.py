@@ -197,16 +197,11 @@ def _few_layers(config: M3Config) -> M3Config:
     """The first layers of each kind, in their order."""
     seen: Counter[tuple[bool, bool]] = Counter()
     kept = []
-    for kind in zip(config.sparse_attention_layers, config.moe_layers, strict=True):
+    for kind in config.layer_kinds:
         seen[kind] += 1
         if seen[kind] <= COMPILED_LAYERS:
             kept.append(kind)
-    return dataclasses.replace(
-        config,
-        num_hidden_layers=len(kept),
-        sparse_attention_layers=tuple(sparse for sparse, _ in kept),
-        moe_layers=tuple(moe for _, moe in kept),
-    )
+    return config.with_layers(kept)
 
 
 def _compiled(call: _Call) -> dict[str, int]:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from flax import nnx
 
 from m3_jax.checkpoint.errors import CheckpointError, unreadable
 from m3_jax.checkpoint.folder import CONFIG
@@ -17,7 +16,7 @@ from m3_jax.checkpoint.orbax_parts import LazyArray, write_part
 from m3_jax.checkpoint.partial import Partial, check_space, partial_of, write_file
 from m3_jax.checkpoint.store import MANIFEST, PARTS, manifest_of
 from m3_jax.config import M3Config
-from m3_jax.model import M3ForCausalLM
+from m3_jax.model import M3ForCausalLM, weights_by_path
 
 # Beside the weights: manifest and metadata of the arrays.
 SPARE_BYTES = 16 << 20
@@ -50,7 +49,7 @@ def save(model: M3ForCausalLM, path: str | Path) -> None:
         )
     config = dataclasses.replace(model.config, vision=None)
     written = list(parts(config))
-    weights = {".".join(map(str, p)): variable.get_value() for p, variable in nnx.to_flat_state(nnx.state(model))}
+    weights = weights_by_path(model)
     dtypes = {name: np.dtype(weight.dtype) for name, weight in weights.items()}
     assert dtypes.keys() == {weight.path for part in written for weight in part.weights}
     with partial_of(dst) as partial:

@@ -31,4 +31,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def tiny() -> M3ForCausalLM:
     """The tiny preset in float32 with random weights, one layer of each kind; tests do not change it."""
-    return models.random_model(models.first_layers(M3Config.tiny(), 3))
+    config = M3Config.tiny()
+    return models.random_model(config.with_layers(config.layer_kinds[:3]))

@@ -1,7 +1,5 @@
 """Random models: weights by NumPy, on a scale at which routing and block choice vary from token to token."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,17 +7,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from m3_jax import M3Config, M3ForCausalLM
+from m3_jax import model as model_module
 from m3_jax.sharding import named_sharding
-
-
-def first_layers(config: M3Config, count: int) -> M3Config:
-    """The config of the model cut after `count` layers."""
-    return dataclasses.replace(
-        config,
-        num_hidden_layers=count,
-        sparse_attention_layers=config.sparse_attention_layers[:count],
-        moe_layers=config.moe_layers[:count],
-    )
 
 
 def random_model(config: M3Config, *, dtype: str = "float32", seed: int = 0) -> M3ForCausalLM:
@@ -54,8 +43,7 @@ def placed(model: M3ForCausalLM, mesh: Mesh) -> M3ForCausalLM:
 
 def weights_by_path(model: M3ForCausalLM) -> dict[str, np.ndarray]:
     """The weights as the oracle reads them, such as "layers.0.self_attn.q_proj.weight"."""
-    flat = nnx.to_flat_state(nnx.state(model))
-    return {".".join(map(str, path)): np.asarray(jax.device_get(v.get_value())) for path, v in flat}
+    return {path: np.asarray(jax.device_get(weight)) for path, weight in model_module.weights_by_path(model).items()}
 
 
 def random_tokens(config: M3Config, *shape: int, seed: int = 0) -> np.ndarray:

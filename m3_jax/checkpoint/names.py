@@ -192,7 +192,7 @@ def parts(config: M3Config) -> Iterator[Part]:
     """
     sizes = _sizes(config)
     yield Part("embed", tuple(_weight(rule, sizes) for rule in EMBED))
-    for n, (sparse, moe) in enumerate(zip(config.sparse_attention_layers, config.moe_layers, strict=True)):
+    for n, (sparse, moe) in enumerate(config.layer_kinds):
         rules = LAYER + (INDEXER if sparse else ()) + (MOE if moe else DENSE_MLP)
         prefixes = f"layers.{n}.", f"language_model.model.layers.{n}."
         yield Part(f"layers.{n:05d}", tuple(_weight(rule, sizes, *prefixes) for rule in rules))

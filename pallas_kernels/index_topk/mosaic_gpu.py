@@ -7,11 +7,12 @@ columns. A prefill call chooses while it scores, window by window of rows.
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import hopper, tuned
+from pallas_kernels import hopper, rows, tuned
 from pallas_kernels.derivatives import with_derivative_of
 from pallas_kernels.dispatch import Implementation
-from pallas_kernels.index_topk import keys, reference
-from pallas_kernels.index_topk.shares import Shares
+from pallas_kernels.index_topk import reference
+from pallas_kernels.index_topk.masks import live_candidates, live_choice, only_visible
+from pallas_kernels.index_topk.shares import Shares, whole
 
 
 def _why_not(index_q, index_k, block_table, top_k: int | None) -> str | None:
@@ -40,37 +41,23 @@ def _score_decode(index_q, index_k, block_table, seq_lens, *, interpret=None):
     num_rows, num_heads, _ = index_q.shape
     num_sequences, table_width = block_table.shape
     num_queries = num_rows // num_sequences
-    share, shares = _whole(block_table)
-    scores = _decode_table(index_q, index_k, block_table, seq_lens, share, shares, interpret)
+    scores = _decode_table(index_q, index_k, block_table, seq_lens, *whole(block_table), interpret)
     scores = scores[:, :table_width, : num_queries * num_heads]
     scores = scores.reshape(num_sequences, table_width, num_queries, num_heads).transpose(0, 2, 3, 1)
-    position = seq_lens[:, None] - num_queries + jnp.arange(num_queries, dtype=jnp.int32)
-    scores = _only_visible(scores, position[:, :, None, None])
-    return scores.reshape(num_rows, num_heads, table_width)
+    position = rows.decode_rows(num_rows, seq_lens).position
+    scores = scores.reshape(num_rows, num_heads, table_width)
+    return only_visible(scores, position[:, None, None], hopper.PAGE_SIZE)
 
 
-def _topk_decode(index_q, index_k, block_table, seq_lens, *, top_k, init_blocks, local_blocks, interpret=None):
-    forced = {"init_blocks": init_blocks, "local_blocks": local_blocks}
+def _topk_decode(index_q, index_k, block_table, seq_lens, *, interpret=None, **choice):
+    return _choose_decode(index_q, index_k, block_table, seq_lens, *whole(block_table), interpret=interpret, **choice)
+
+
+def _candidates_decode(index_q, index_k, block_table, seq_lens, share, *, num_shares, interpret=None, **choice):
+    shares = Shares(block_table.shape[1], num_shares)
+    share = share.reshape(1)
     return _choose_decode(
-        index_q, index_k, block_table, seq_lens, *_whole(block_table), top_k=top_k, **forced, interpret=interpret
-    )
-
-
-def _candidates_decode(
-    index_q, index_k, block_table, seq_lens, share, *, num_shares, top_k, init_blocks, local_blocks, interpret=None
-):
-    return _choose_decode(
-        index_q,
-        index_k,
-        block_table,
-        seq_lens,
-        share.reshape(1),
-        Shares(block_table.shape[1], num_shares),
-        top_k=top_k,
-        init_blocks=init_blocks,
-        local_blocks=local_blocks,
-        with_keys=True,
-        interpret=interpret,
+        index_q, index_k, block_table, seq_lens, share, shares, interpret=interpret, with_keys=True, **choice
     )
 
 
@@ -86,11 +73,6 @@ def _choose_decode(index_q, index_k, block_table, seq_lens, share, shares, *, in
     config = _decode_choosing(index_q, shares)
     chosen = choosing.choose(scores, seq_lens, share, choice=choice, config=config, interpret=interpret)
     return chosen[:, :columns].reshape(num_rows, num_heads, *chosen.shape[2:])
-
-
-def _whole(block_table):
-    """All blocks as the only share."""
-    return jnp.zeros((1,), jnp.int32), Shares(block_table.shape[1])
 
 
 def _decode_table(index_q, index_k, block_table, seq_lens, share, shares, interpret):
@@ -118,70 +100,21 @@ def _decode_choosing(index_q, shares):
     return config.fitted(shares.width)
 
 
-def _topk_prefill(
-    index_q,
-    index_k,
-    block_table,
-    cu_seqlens,
-    seq_lens,
-    context_lens,
-    *,
-    top_k,
-    init_blocks,
-    local_blocks,
-    config=None,
-    interpret=None,
-):
-    chosen, position = _choose_prefill(
-        index_q,
-        index_k,
-        block_table,
-        (cu_seqlens, seq_lens, context_lens),
-        *_whole(block_table),
-        top_k=top_k,
-        init_blocks=init_blocks,
-        local_blocks=local_blocks,
-        config=config,
-        interpret=interpret,
-    )
-    return jnp.where(position[:, None, None] >= 0, chosen[:, :, 0], -1)
+def _topk_prefill(index_q, index_k, block_table, *lengths, **options):
+    chosen, position = _choose_prefill(index_q, index_k, block_table, lengths, *whole(block_table), **options)
+    return live_choice(chosen[:, :, 0], position)
 
 
-def _candidates_prefill(
-    index_q,
-    index_k,
-    block_table,
-    cu_seqlens,
-    seq_lens,
-    context_lens,
-    share,
-    *,
-    num_shares,
-    top_k,
-    init_blocks,
-    local_blocks,
-    config=None,
-    interpret=None,
-):
+def _candidates_prefill(index_q, index_k, block_table, *lengths_and_share, num_shares, **options):
+    *lengths, share = lengths_and_share
+    shares = Shares(block_table.shape[1], num_shares)
     candidates, position = _choose_prefill(
-        index_q,
-        index_k,
-        block_table,
-        (cu_seqlens, seq_lens, context_lens),
-        share.reshape(1),
-        Shares(block_table.shape[1], num_shares),
-        top_k=top_k,
-        init_blocks=init_blocks,
-        local_blocks=local_blocks,
-        with_keys=True,
-        config=config,
-        interpret=interpret,
+        index_q, index_k, block_table, lengths, share.reshape(1), shares, with_keys=True, **options
     )
-    nothing = jnp.asarray([keys.INVISIBLE, -1], jnp.int32)[:, None]
-    return jnp.where(position[:, None, None, None] >= 0, candidates, nothing)
+    return live_candidates(candidates, position)
 
 
-def _choose_prefill(index_q, index_k, block_table, lengths, share, shares, *, config, interpret, **options):
+def _choose_prefill(index_q, index_k, block_table, lengths, share, shares, *, config=None, interpret=None, **options):
     """What each row chooses of a share, i32[T, K, 1 or 2, C], and the rows' positions; dead rows may hold anything."""
     from pallas_kernels.index_topk import mosaic_gpu_choose_prefill as choosing
 
@@ -222,7 +155,7 @@ def _score_prefill(index_q, index_k, block_table, cu_seqlens, seq_lens, context_
     scores = scoring.score_prefill(index_q, index_k, block_table, *window[:4], config=config, interpret=interpret)
     scores = scores.swapaxes(1, 2).reshape(-1, num_heads, table_width)
     scores = scores.at[window.places[:num_rows]].get(mode="clip")
-    return _only_visible(scores, window.position[:num_rows, None, None])
+    return only_visible(scores, window.position[:num_rows, None, None], hopper.PAGE_SIZE)
 
 
 def _windows(index_q, block_table, lengths):
@@ -236,12 +169,6 @@ def _windows(index_q, block_table, lengths):
     if padded_rows > num_rows:
         index_q = jnp.pad(index_q, ((0, padded_rows - num_rows), (0, 0), (0, 0)))
     return index_q, windows(padded_rows, height, alignment, hopper.PAGE_SIZE, block_table.shape[1], *lengths)
-
-
-def _only_visible(scores, position):
-    """scores [..., M], -inf where the block begins beyond the position."""
-    first_key = jnp.arange(scores.shape[-1], dtype=jnp.int32) * hopper.PAGE_SIZE
-    return jnp.where(first_key <= position, scores, -jnp.inf)
 
 
 index_score_prefill = Implementation(

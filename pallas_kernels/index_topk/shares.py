@@ -32,3 +32,8 @@ class Shares:
         if self.number == 1:
             return blocks
         return lax.div(jnp.maximum(blocks - share, 0) + (self.number - 1), jnp.int32(self.number))
+
+
+def whole(block_table: Any) -> tuple[Any, Shares]:
+    """All blocks of a table as the only share: its number i32[1], which nothing reads, and the shares."""
+    return jnp.zeros((1,), jnp.int32), Shares(block_table.shape[1])

@@ -10,8 +10,9 @@ from jax import lax
 from pallas_kernels import rows, triton_support
 from pallas_kernels.derivatives import with_derivative_of
 from pallas_kernels.dispatch import Implementation
-from pallas_kernels.index_topk import keys, reference
-from pallas_kernels.index_topk.shares import Shares
+from pallas_kernels.index_topk import reference
+from pallas_kernels.index_topk.masks import live_candidates, live_choice, only_visible
+from pallas_kernels.index_topk.shares import Shares, whole
 
 # Scores of a prefill call that are held at a time: more tiles are worked off one group after the other.
 _TABLE_BYTES = 2**30
@@ -39,19 +40,14 @@ def _prefill_supported(index_q, index_k, _block_table, *_lengths, top_k=None, **
     return _why_not(index_q, index_k, top_k)
 
 
-def _whole(block_table):
-    """All blocks as the one share: its number, which nothing reads, and the shares."""
-    return jnp.zeros((1,), jnp.int32), Shares(block_table.shape[1])
-
-
 def _score_decode(index_q, index_k, block_table, seq_lens):
-    scores = _decode_table(index_q, index_k, block_table, seq_lens, *_whole(block_table))
+    scores = _decode_table(index_q, index_k, block_table, seq_lens, *whole(block_table))
     position = rows.decode_rows(index_q.shape[0], seq_lens).position
-    return _only_visible(scores, position[:, None, None], index_k.shape[1])
+    return only_visible(scores, position[:, None, None], index_k.shape[1])
 
 
 def _topk_decode(index_q, index_k, block_table, seq_lens, **choice):
-    return _choose_decode(index_q, index_k, block_table, seq_lens, *_whole(block_table), **choice)
+    return _choose_decode(index_q, index_k, block_table, seq_lens, *whole(block_table), **choice)
 
 
 def _candidates_decode(index_q, index_k, block_table, seq_lens, share, *, num_shares, **choice):
@@ -81,16 +77,16 @@ def _decode_table(index_q, index_k, block_table, seq_lens, share, shares):
 
 
 def _score_prefill(index_q, index_k, block_table, *lengths):
-    def only_visible(table, positions):
-        return _only_visible(table, positions[:, :, None, None], index_k.shape[1])
+    def finish(table, positions):
+        return only_visible(table, positions[:, :, None, None], index_k.shape[1])
 
-    scores, position = _prefill(only_visible, index_q, index_k, block_table, lengths, *_whole(block_table))
+    scores, position = _prefill(finish, index_q, index_k, block_table, lengths, *whole(block_table))
     return jnp.where(position[:, None, None] >= 0, scores, -jnp.inf)
 
 
 def _topk_prefill(index_q, index_k, block_table, *lengths, **choice):
-    ids, position = _choose_prefill(index_q, index_k, block_table, lengths, *_whole(block_table), **choice)
-    return jnp.where(position[:, None, None] >= 0, ids, -1)
+    ids, position = _choose_prefill(index_q, index_k, block_table, lengths, *whole(block_table), **choice)
+    return live_choice(ids, position)
 
 
 def _candidates_prefill(
@@ -107,8 +103,7 @@ def _candidates_prefill(
         **choice,
         with_keys=True,
     )
-    nothing = jnp.asarray([keys.INVISIBLE, -1], jnp.int32)[:, None]
-    return jnp.where(position[:, None, None, None] >= 0, candidates, nothing)
+    return live_candidates(candidates, position)
 
 
 def _choose_prefill(index_q, index_k, block_table, lengths, share, shares, **options):
@@ -166,12 +161,6 @@ def _prefill(finish, index_q, index_k, block_table, lengths, share, shares):
     by_place = result.reshape(-1, *result.shape[2:])
     position = rows.prefill_rows(num_rows, *lengths).position
     return by_place.at[tiles.places].get(mode="clip"), position
-
-
-def _only_visible(scores, position, page_size):
-    """scores [..., M], -inf where the block begins beyond the position."""
-    first_key = jnp.arange(scores.shape[-1], dtype=jnp.int32) * page_size
-    return jnp.where(first_key <= position, scores, -jnp.inf)
 
 
 _CHOICE = ("top_k", "init_blocks", "local_blocks")

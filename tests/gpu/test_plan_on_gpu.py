@@ -17,15 +17,8 @@ from m3_jax import M3Config, generate, random_model
 from m3_jax.plan import plan
 
 experts, batch, context, new_tokens = map(int, sys.argv[1:])
-kinds = (False, True)
-config = dataclasses.replace(
-    M3Config.m3(),
-    num_hidden_layers=len(kinds),
-    sparse_attention_layers=kinds,
-    moe_layers=kinds,
-    num_experts=experts,
-    vision=None,
-)
+config = M3Config.m3().with_layers([(False, False), (True, True)])
+config = dataclasses.replace(config, num_experts=experts, vision=None)
 sizes = {"context": context, "batch": batch}
 plans = {source: dataclasses.asdict(plan(config, **sizes, source=source)) for source in ("formula", "compiled")}
 device = jax.devices()[0]

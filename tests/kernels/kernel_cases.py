@@ -199,6 +199,13 @@ KERNEL_CASES = (
 EVERY_CASE = (*CASES, *(pytest.param(case, marks=pytest.mark.gpu) for case in KERNEL_CASES))
 
 
+def check_attention(batch: "Batch", got: Any, block_ids: np.ndarray) -> None:
+    """The attention to these blocks, as exact as its dtype lets it be."""
+    expected = batch.attention(block_ids)
+    error = np.abs(np.asarray(got, np.float64) - expected).max()
+    assert error <= TOLERANCES[batch.sizes.dtype] * np.abs(expected).max(), error
+
+
 _COMPILED: dict[tuple[Any, ...], Any] = {}
 
 

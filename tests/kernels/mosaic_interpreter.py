@@ -13,7 +13,7 @@ import jax
 import norm_rope_cases
 import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from kernel_cases import TOLERANCES, Batch, Case, Sizes, every_block, make_batch, random_choice
+from kernel_cases import Case, Sizes, check_attention, every_block, make_batch, random_choice
 
 from pallas_kernels import tuned
 from pallas_kernels.index_topk import merge_candidates
@@ -41,12 +41,6 @@ SIZES = Sizes(
 # A partial last block, an empty sequence, one shorter than its number of queries; garbage in the table, NaN in every
 # unused slot.
 CASE = Case("interpreted", ((470, 17), (0, 0), (0, 1)), SIZES, num_queries=2, shared=1)
-
-
-def check_attention(batch: Batch, got: jax.Array, block_ids: np.ndarray) -> None:
-    expected = batch.attention(block_ids)
-    error = np.abs(np.asarray(got, np.float64) - expected).max()
-    assert error <= TOLERANCES[batch.sizes.dtype] * np.abs(expected).max(), error
 
 
 def index_decode() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import CASES, KERNEL_CASES, TOLERANCES, Batch, Case, every_block, make_batch
+from kernel_cases import CASES, KERNEL_CASES, Batch, Case, check_attention, every_block, make_batch
 from test_index_topk import drawn_cases
 
 from pallas_kernels.paged_attention.api import OPERATIONS
@@ -23,9 +23,7 @@ def check(impl: str, batch: Batch) -> np.ndarray:
         pytest.skip(reason)
     got = np.asarray(OPERATION(q, k, v, *lengths, scale=batch.scale, impl=impl))
     assert got.dtype == batch.q.dtype
-    expected = batch.attention(block_ids)
-    error = np.abs(got.astype(np.float64) - expected).max()
-    assert error <= TOLERANCES[batch.sizes.dtype] * np.abs(expected).max()
+    check_attention(batch, got, block_ids)
     return got
 
 

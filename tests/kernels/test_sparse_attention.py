@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import CASES, EVERY_CASE, TOLERANCES, Batch, Case, compiled, make_batch, random_choice
+from kernel_cases import CASES, EVERY_CASE, Batch, Case, check_attention, compiled, make_batch, random_choice
 from test_index_topk import BOTH, drawn_cases
 
 from pallas_kernels.sparse_attention.api import OPERATIONS
@@ -21,9 +21,7 @@ def check(impl: str, batch: Batch, block_ids: np.ndarray) -> np.ndarray:
         pytest.skip(reason)
     got = np.asarray(compiled(operation, impl, scale=batch.scale)(*args))
     assert got.dtype == batch.q.dtype
-    expected = batch.attention(block_ids)
-    error = np.abs(got.astype(np.float64) - expected).max()
-    assert error <= TOLERANCES[batch.sizes.dtype] * np.abs(expected).max()
+    check_attention(batch, got, block_ids)
     return got
 
 

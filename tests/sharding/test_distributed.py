@@ -1,6 +1,5 @@
 """Two processes on loopback: the tokens of one process, and an end of both where one of them dies."""
 
-import dataclasses
 import json
 import os
 import signal
@@ -23,7 +22,7 @@ from m3_jax.distributed import initialize
 
 COMMAND = str(Path(sys.executable).with_name("m3-generate"))
 # Every process compiles: one layer, block-sparse with experts, has all kinds of collectives.
-CONFIG = dataclasses.replace(meshes.CONFIG, num_hidden_layers=1, sparse_attention_layers=(True,), moe_layers=(True,))
+CONFIG = meshes.CONFIG.with_layers([(True, True)])
 NEW_TOKENS = 6
 PROMPTS = [models.random_tokens(CONFIG, length, seed=length).tolist() for length in (40, 3, 17)]
 # Less time to compile, of which these tests mostly consist.

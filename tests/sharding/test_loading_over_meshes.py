@@ -12,11 +12,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from checkpoints.releases import converted, random_tensors, write_release
-from flax import nnx
 from jax.sharding import Mesh
 
 from m3_jax import M3Config, M3ForCausalLM, load, make_mesh
 from m3_jax.checkpoint.orbax_parts import tree_of
+from m3_jax.model import weights_by_path
 
 # Everything divides by eight but the KV heads, of which tensor=8 repeats each.
 CONFIG = dataclasses.replace(
@@ -68,8 +68,7 @@ def assert_same(model: M3ForCausalLM, expected: dict[str, np.ndarray]) -> None:
 
 def shards_of(model: M3ForCausalLM, path: str) -> list[tuple[int, ...]]:
     """Shapes of a weight's shards, one for each device."""
-    flat = {".".join(map(str, p)): v.get_value() for p, v in nnx.to_flat_state(nnx.state(model))}
-    return [shard.data.shape for shard in flat[path].addressable_shards]
+    return [shard.data.shape for shard in weights_by_path(model)[path].addressable_shards]
 
 
 # The released layout takes the same way to the devices: three meshes suffice for it.
@@ -121,7 +120,7 @@ def test_parts_that_plain_orbax_wrote_from_a_mesh(
     """Orbax cuts files as the writing mesh cut the arrays; any other mesh, and one device, reads them."""
     folder = Path(shutil.copytree(source.with_name("dst"), tmp_path / "dst"))
     model = load(folder, mesh=mesh_of(writer))
-    weights = {".".join(map(str, path)): v.get_value() for path, v in nnx.to_flat_state(nnx.state(model))}
+    weights = weights_by_path(model)
     shutil.rmtree(folder / "parts" / "layers.00003")
     part = {path: weight for path, weight in weights.items() if path.startswith("layers.3.")}
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True)) as checkpointer:

@@ -7,11 +7,11 @@ import meshes
 import models
 import numpy as np
 import pytest
-from flax import nnx
 
 from m3_jax import M3Config, random_model
-from m3_jax.abstract_model import abstract_model, targets_by_path
+from m3_jax.abstract_model import abstract_model
 from m3_jax.layers import INIT_STDDEV
+from m3_jax.model import weights_by_path
 from m3_jax.random_weights import _draw, named_config
 
 CONFIG = dataclasses.replace(
@@ -27,9 +27,9 @@ def test_any_mesh_gives_the_same_model() -> None:
     assert weights.keys() == expected_weights.keys()
     for path, weight in weights.items():
         np.testing.assert_array_equal(weight, expected_weights[path], err_msg=path)
-    targets = targets_by_path(abstract_model(CONFIG, dtype="float32", mesh=mesh))
-    for path, variable in nnx.to_flat_state(nnx.state(over_mesh)):
-        assert variable.get_value().sharding == targets[".".join(map(str, path))].sharding
+    targets = weights_by_path(abstract_model(CONFIG, dtype="float32", mesh=mesh))
+    for path, weight in weights_by_path(over_mesh).items():
+        assert weight.sharding == targets[path].sharding
 
     # Normal with the declared deviation, but for norms and the router's bias.
     for path, weight in expected_weights.items():
@@ -53,7 +53,7 @@ def test_no_device_draws_more_than_its_shard() -> None:
     path, shape = "layers.0.mlp.experts.gate_up_proj.weight", (16, 2, 24, 40)
     reserved = []
     for mesh in (None, meshes.mesh({"expert": 4, "tensor": 2})):
-        target = targets_by_path(abstract_model(CONFIG, dtype="float32", mesh=mesh))[path]
+        target = weights_by_path(abstract_model(CONFIG, dtype="float32", mesh=mesh))[path]
         assert target.shape == shape
         draw = _draw(target.shape, target.dtype, target.sharding, INIT_STDDEV)
         stats = draw.lower(np.uint32(0), np.uint32(1)).compile().memory_analysis()  # pyright: ignore[reportFunctionMemberAccess]
@@ -63,13 +63,13 @@ def test_no_device_draws_more_than_its_shard() -> None:
 
 
 def test_every_weight_of_the_released_model_has_its_own_stream() -> None:
-    names = targets_by_path(abstract_model(M3Config.m3()))
+    names = weights_by_path(abstract_model(M3Config.m3()))
     assert len({zlib.crc32(name.encode()) for name in names}) == len(names) > 1000
 
 
 def test_other_seeds_and_bad_arguments() -> None:
     small = dataclasses.replace(CONFIG, vocab_size=16, num_hidden_layers=1)
-    target = targets_by_path(abstract_model(small))["embed_tokens.weight"]
+    target = weights_by_path(abstract_model(small))["embed_tokens.weight"]
     draw = _draw(target.shape, target.dtype, target.sharding, INIT_STDDEV)
     assert (np.asarray(draw(np.uint32(1), np.uint32(7))) != np.asarray(draw(np.uint32(2), np.uint32(7)))).any()
     with pytest.raises(ValueError, match="seed=-1: must be between 0"):

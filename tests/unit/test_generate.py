@@ -1,6 +1,5 @@
 """generate(): tokens, keys, stopping, streaming, compilation, and what it refuses."""
 
-import dataclasses
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +14,7 @@ from m3_jax import Greedy, M3Config, M3ForCausalLM, Sampler, generate
 from m3_jax.generation import _chunks, _length_bucket
 
 # Two layers, for both kinds of attention and of MLP.
-TINY = dataclasses.replace(models.first_layers(M3Config.tiny(), 2), moe_layers=(False, True))
+TINY = M3Config.tiny().with_layers([(False, False), (True, True)])
 PROMPTS = [models.random_tokens(TINY, n, seed=n).tolist() for n in (83, 20, 1, 100)]
 SAMPLER = Sampler(temperature=1.2, top_k=60, top_p=0.97, min_p=0.01)
 

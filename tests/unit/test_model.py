@@ -17,7 +17,7 @@ from m3_jax import Cache, M3Config, M3ForCausalLM
 from m3_jax.checkpoint.names import parts
 from m3_jax.model import ForwardOutput
 
-TINY = models.first_layers(M3Config.tiny(), 3)
+TINY = M3Config.tiny().with_layers(M3Config.tiny().layer_kinds[:3])
 MAX_LENGTH = 160  # five times the tokens that top-k blocks hold
 
 
@@ -216,7 +216,7 @@ def test_hidden_states_are_the_residual_stream() -> None:
     output = run(STATE)
     assert sorted(output.hidden_states) == [0, 2]
     np.testing.assert_allclose(MODEL.norm(output.hidden_states[2]), output.last_hidden, atol=1e-5)
-    short = dataclasses.replace(TINY, num_hidden_layers=1, sparse_attention_layers=(False,), moe_layers=(False,))
+    short = TINY.with_layers(TINY.layer_kinds[:1])
     first = M3ForCausalLM(short, dtype="float32", rngs=nnx.Rngs(0))
     nnx.update(first.embed_tokens, nnx.state(MODEL.embed_tokens))
     nnx.update(first.layers[0], nnx.state(MODEL.layers[0]))
