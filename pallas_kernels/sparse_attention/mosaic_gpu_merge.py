@@ -54,7 +54,7 @@ def merge_prefill(
     config: TuningConfig,
     interpret: Any,
 ):
-    """Write the results of `units` units, from what `attend_prefill` returns, into a Ref of the whole call's.
+    """Write the results of `units` units, from what the passes left, into a Ref of the whole call's.
 
     places: i32[units * C], the place of each slot's partial result, 4 to a tile; -1 where a slot was not used.
     first_unit: i32[1], of `out` [T * K, G, H]. So no call has to be put together from its parts: a copy of it all.
@@ -65,11 +65,14 @@ def merge_prefill(
     stages = min(config.stages, top_k)
     places = jnp.pad(places, (0, (groups * _UNITS - units) * top_k), constant_values=-1)
     places = places.reshape(groups, _UNITS, top_k)
+    # Few tokens see fewer blocks than they may choose, and unused slots are the last as a rule.
+    slots = jnp.max(jnp.where(places >= 0, jnp.arange(1, top_k + 1, dtype=jnp.int32), 0), axis=(1, 2))
 
     def merge(
         partials_gmem,
         stats_gmem,
         places_gmem,
+        slots_gmem,
         first_unit_gmem,
         out_gmem,
         partials_smem,
@@ -81,7 +84,7 @@ def merge_prefill(
         places_barrier,
     ):
         group = lax.axis_index("group")
-        first_unit = first_unit_gmem[0]
+        first_unit, num_slots = first_unit_gmem[0], slots_gmem[group]
         row_layout = _WGMMA.reduce(1)
         plgpu.copy_gmem_to_smem(places_gmem.at[group], places_smem, places_barrier)
         plgpu.copy_gmem_to_smem(stats_gmem.at[group], stats_smem, stats_barrier)
@@ -97,7 +100,7 @@ def merge_prefill(
 
         plgpu.barrier_wait(places_barrier)
         for slot in range(stages):
-            load(slot, slot)
+            pl.when(slot < num_slots)(functools.partial(load, slot, slot))
         plgpu.barrier_wait(stats_barrier)
 
         def is_valid(slot):
@@ -116,7 +119,7 @@ def merge_prefill(
         def raise_largest(slot, largest):
             return jnp.maximum(largest, stat(slot, 0, _LOWEST))
 
-        largest = lax.fori_loop(0, top_k, raise_largest, rows_of(_LOWEST))
+        largest = lax.fori_loop(0, num_slots, raise_largest, rows_of(_LOWEST))
 
         def step(slot, carry):
             acc, whole = carry
@@ -130,14 +133,14 @@ def merge_prefill(
             # The reads have to be over before the copy engine writes there again.
             plgpu.commit_smem()
 
-            @pl.when(slot + stages < top_k)
+            @pl.when(slot + stages < num_slots)
             def _():
                 load(slot + stages, stage)
 
             return acc, whole + weight
 
         acc = plgpu.layout_cast(jnp.zeros((_ROWS, DIM), jnp.float32), _WGMMA)
-        acc, whole = lax.fori_loop(0, top_k, step, (acc, rows_of(0.0)))
+        acc, whole = lax.fori_loop(0, num_slots, step, (acc, rows_of(0.0)))
         inverse = jnp.where(whole > 0, 1.0 / whole, 0.0)
         out_smem[...] = (acc * lax.broadcast_in_dim(inverse, acc.shape, [0])).astype(dtype)
         plgpu.commit_smem()
@@ -166,4 +169,4 @@ def merge_prefill(
         ],
         compiler_params=plgpu.CompilerParams(approx_math=True),
         **({} if interpret is None else {"interpret": interpret}),
-    )(partials, stats, places, first_unit, out)
+    )(partials, stats, places, slots, first_unit, out)
