@@ -1,6 +1,7 @@
 """Merge of the partial results of a prefill call on Hopper: a weighted mean over the chosen blocks.
 
-A CTA merges four units, (token, KV head), slot by slot: 4 x 16 rows of partial results at a time.
+A CTA merges four units, (token, KV head), slot by slot: 4 x 16 rows of partial results at a time. As an online softmax
+does, it rescales what it has when a slot raises the maximum, so that no slot is looked at twice.
 """
 
 # jax does not export every name of Mosaic GPU, and calls its transforms abstract.
@@ -29,11 +30,11 @@ _LOWEST = float(jnp.finfo(jnp.float32).min)
 
 @dataclass(frozen=True)
 class TuningConfig:
-    """stages: of the ring of partial results, 16 KiB each."""
+    """stages: of the ring of partial results, 16 KiB each. More of them leave room for fewer CTAs in an SM."""
 
-    CANDIDATES: ClassVar = {"stages": (2, 3, 4, 6, 8)}
+    CANDIDATES: ClassVar = {"stages": (1, 2, 3, 4, 6)}
 
-    stages: int = 4
+    stages: int = 3
 
     def __post_init__(self) -> None:
         if not 1 <= self.stages <= 8:
@@ -76,18 +77,15 @@ def merge_prefill(
         first_unit_gmem,
         out_gmem,
         partials_smem,
-        stats_smem,
         places_smem,
         out_smem,
         partials_barrier,
-        stats_barrier,
         places_barrier,
     ):
         group = lax.axis_index("group")
         first_unit, num_slots = first_unit_gmem[0], slots_gmem[group]
         row_layout = _WGMMA.reduce(1)
         plgpu.copy_gmem_to_smem(places_gmem.at[group], places_smem, places_barrier)
-        plgpu.copy_gmem_to_smem(stats_gmem.at[group], stats_smem, stats_barrier)
 
         def load(slot, stage):
             for unit in range(_UNITS):
@@ -101,35 +99,55 @@ def merge_prefill(
         plgpu.barrier_wait(places_barrier)
         for slot in range(stages):
             pl.when(slot < num_slots)(functools.partial(load, slot, slot))
-        plgpu.barrier_wait(stats_barrier)
 
-        def is_valid(slot):
+        def places_of(slot):
+            slot = jnp.minimum(slot, top_k - 1)
+            return [places_smem[unit, slot] for unit in range(_UNITS)]
+
+        def load_stats(slot):
+            """For each statistic and unit the rows of a whole tile, shifted so that the unit's own are in their place.
+
+            Copies of a unit's 16 rows alone would be too many for the copy engine.
+            """
+
+            def rows(place, unit, which):
+                place = jnp.maximum(place, 0) + _UNITS  # behind the room for reading beyond
+                tile, pair = lax.div(place, jnp.int32(_UNITS)), lax.rem(place, jnp.int32(_UNITS))
+                start = (2 * tile + which) * _ROWS + (pair - unit) * GROUP
+                return plgpu.load(stats_gmem.at[pl.ds(start, _ROWS)], layout=row_layout, optimized=False)
+
+            places = places_of(slot)
+            return [[rows(place, unit, which) for unit, place in enumerate(places)] for which in range(2)]
+
+        def by_unit(parts):
+            """Of several vectors of rows, or scalars, each unit's rows of its own."""
             row = plgpu.broadcasted_iota(jnp.int32, (_ROWS,), 0, layout=row_layout)
-            place = places_smem[_UNITS - 1, slot]
+            result = parts[-1]
             for unit in range(_UNITS - 2, -1, -1):
-                place = jnp.where(row < (unit + 1) * GROUP, places_smem[unit, slot], place)
-            return place >= 0
-
-        def stat(slot, which, otherwise):
-            return jnp.where(is_valid(slot), plgpu.load(stats_smem.at[slot, which], layout=row_layout), otherwise)
+                result = jnp.where(row < (unit + 1) * GROUP, parts[unit], result)
+            return result
 
         def rows_of(value):
             return plgpu.layout_cast(jnp.full((_ROWS,), value, jnp.float32), row_layout)
 
-        def raise_largest(slot, largest):
-            return jnp.maximum(largest, stat(slot, 0, _LOWEST))
-
-        largest = lax.fori_loop(0, num_slots, raise_largest, rows_of(_LOWEST))
-
         def step(slot, carry):
-            acc, whole = carry
+            acc, largest, whole, stats = carry
+            # A step ahead, since they come from memory.
+            next_stats = load_stats(slot + 1)
+            valid = by_unit(places_of(slot)) >= 0
+            maximum, total = (
+                jnp.where(valid, by_unit(parts), otherwise)
+                for parts, otherwise in zip(stats, (_LOWEST, 0.0), strict=True)
+            )
+            raised = jnp.maximum(largest, maximum)
+            rescale, weight = (jnp.exp2((x - raised) * factor) for x in (largest, maximum))
+            weight = total * weight
             stage = lax.rem(slot, jnp.int32(stages))
-            weight = stat(slot, 1, 0.0) * jnp.exp2((stat(slot, 0, _LOWEST) - largest) * factor)
             plgpu.barrier_wait(partials_barrier.at[stage])
             partial = plgpu.load(partials_smem.at[stage], layout=_WGMMA).astype(jnp.float32)
             spread = lax.broadcast_in_dim(weight, partial.shape, [0])
             # An unused slot's partial result was never written, and may be a NaN.
-            acc = acc + jnp.where(spread > 0, partial * spread, 0.0)
+            acc = acc * lax.broadcast_in_dim(rescale, acc.shape, [0]) + jnp.where(spread > 0, partial * spread, 0.0)
             # The reads have to be over before the copy engine writes there again.
             plgpu.commit_smem()
 
@@ -137,10 +155,11 @@ def merge_prefill(
             def _():
                 load(slot + stages, stage)
 
-            return acc, whole + weight
+            return acc, raised, whole * rescale + weight, next_stats
 
         acc = plgpu.layout_cast(jnp.zeros((_ROWS, DIM), jnp.float32), _WGMMA)
-        acc, whole = lax.fori_loop(0, num_slots, step, (acc, rows_of(0.0)))
+        first = (acc, rows_of(_LOWEST), rows_of(0.0), load_stats(0))
+        acc, _, whole, _ = lax.fori_loop(0, num_slots, step, first)
         inverse = jnp.where(whole > 0, 1.0 / whole, 0.0)
         out_smem[...] = (acc * lax.broadcast_in_dim(inverse, acc.shape, [0])).astype(dtype)
         plgpu.commit_smem()
@@ -160,13 +179,11 @@ def merge_prefill(
         grid_names=("group",),
         scratch_types=[
             plgpu.SMEM((stages, _ROWS, DIM), dtype, transforms=_TILE),
-            plgpu.SMEM((top_k, 2, _ROWS), jnp.float32),
             plgpu.SMEM((_UNITS, top_k), jnp.int32),
             plgpu.SMEM((_ROWS, DIM), dtype, transforms=_TILE),
             plgpu.Barrier(num_arrivals=_UNITS, num_barriers=stages),
             plgpu.Barrier(),
-            plgpu.Barrier(),
         ],
         compiler_params=plgpu.CompilerParams(approx_math=True),
         **({} if interpret is None else {"interpret": interpret}),
-    )(partials, stats, places, slots, first_unit, out)
+    )(partials, stats.reshape(-1), places, slots, first_unit, out)
