@@ -23,7 +23,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import PAGE_SIZE, round_up
 from pallas_kernels.index_topk import keys
-from pallas_kernels.index_topk.mosaic_gpu_lists import insert
 from pallas_kernels.index_topk.shares import Shares
 
 # A warpgroup owns four columns, and each of its warps one of them.
@@ -121,31 +120,30 @@ def choose(scores, positions, share, *, choice: Choice, config: TuningConfig, in
     return _choose_found(*found, positions, share, choice=choice, config=config, blocks=blocks, interpret=interpret)
 
 
+def _own_block(column, slab_position, choice: Choice):
+    """The own block of columns, one or several; -1 in a dead row."""
+    position = lax.div(column, jnp.int32(choice.num_heads)) + (slab_position + choice.shift)
+    block = lax.div(jnp.maximum(position, 0), jnp.int32(PAGE_SIZE))
+    return jnp.where(position >= 0, jnp.minimum(block, choice.shares.table_width - 1), jnp.int32(-1))
+
+
 def _own_blocks(slab_position, first_column, choice: Choice):
-    """The own block of each of four columns, as scalars; -1 in a dead row."""
-
-    def own(column):
-        token = lax.div(first_column + column, jnp.int32(choice.num_heads))
-        position = slab_position + choice.shift + token
-        block = lax.div(jnp.maximum(position, 0), jnp.int32(PAGE_SIZE))
-        block = jnp.minimum(block, choice.shares.table_width - 1)
-        return jnp.where(position >= 0, block, -1)
-
-    return [own(column) for column in range(_COLUMNS)]
+    """The own blocks of four columns: as a vector, and the last of them as a scalar."""
+    column = plgpu.broadcasted_iota(jnp.int32, (_COLUMNS,), 0, layout=_LAYOUT.reduce(0)) + first_column
+    return tuple(_own_block(which, slab_position, choice) for which in (column, first_column + (_COLUMNS - 1)))
 
 
-def _over_columns(scalars):
-    column = plgpu.broadcasted_iota(jnp.int32, (_COLUMNS,), 0, layout=_LAYOUT.reduce(0))
-    first, second, third, fourth = scalars
-    return jnp.where(column == 0, first, jnp.where(column == 1, second, jnp.where(column == 2, third, fourth)))
+def _over_rows(vector, like):
+    return lax.broadcast_in_dim(vector, like.shape, [1])
 
 
-def _over_lanes(vector):
-    return lax.broadcast_in_dim(vector, (_LANES, _COLUMNS), [1])
+def _row(tiles: int):
+    """Row numbers of so many tiles of 32 rows and 4 columns, one below the other."""
+    return plgpu.broadcasted_iota(jnp.int32, (tiles * _LANES, _COLUMNS), 0, layout=_LAYOUT)
 
 
-def _lane():
-    return plgpu.broadcasted_iota(jnp.int32, (_LANES, _COLUMNS), 0, layout=_LAYOUT)
+def _tiles(values, first: int, end: int):
+    return lax.slice(values, (first * _LANES, 0), (end * _LANES, _COLUMNS))
 
 
 def _load(ref):
@@ -153,8 +151,8 @@ def _load(ref):
 
 
 def _key(scores, block, own, choice: Choice):
-    """Keys of scores [32, 4] of blocks i32[32, 4], given the own block of each column [4]."""
-    own = _over_lanes(own)
+    """Keys of scores [n, 4] of blocks i32[n, 4], given the own block of each column [4]."""
+    own = _over_rows(own, block)
     forced = block > own - choice.local_blocks
     if choice.init_blocks:
         forced = jnp.logical_or(forced, block < choice.init_blocks)
@@ -162,13 +160,49 @@ def _key(scores, block, own, choice: Choice):
     return jnp.where(block <= own, key, jnp.int32(keys.INVISIBLE))
 
 
+def _nothing(tiles: int):
+    return tuple(jnp.full((tiles * _LANES, _COLUMNS), value, jnp.int32) for value in (keys.INVISIBLE, -1))
+
+
+def _exchanged(earlier, later):
+    """Entries (keys, ranks) of two places, the better one first; of equal keys the one that was."""
+    swap = earlier[0] < later[0]
+    return tuple(
+        tuple(jnp.where(swap, a, b) for a, b in zip(*pair, strict=True))
+        for pair in ((later, earlier), (earlier, later))
+    )
+
+
 def _sorted(entries):
-    """Each lane's entries (key, rank) [32, 4], given in descending order of their ranks, as a list."""
-    entries = list(entries)
-    best = ((), ())
-    for key, rank in entries:
-        best = insert(best, key, rank, len(entries))
-    return best
+    """Lists of each lane's entries, best first: those in even and those in odd places, keys and ranks [n * 32, 4] each.
+
+    entries: keys and ranks of n tiles, the ranks of a lane in descending order. Neighbours change places where they are
+    in the wrong order, those at even places and at odd ones in turn: each time all such pairs in one operation, and in
+    a loop, since the kernel's code takes long to make.
+    """
+    count = entries[0].shape[0] // _LANES
+    if count == 1:
+        return entries, ()
+    if count % 2:
+        entries = tuple(jnp.concatenate(pair) for pair in zip(entries, _nothing(1), strict=True))
+    half = (count + 1) // 2
+
+    def places(parity):
+        """Those of one parity, out of both."""
+        pairs = (values.reshape(half, 2, _LANES, _COLUMNS) for values in entries)
+        first, end = (0, parity, 0, 0), (half, parity + 1, _LANES, _COLUMNS)
+        return tuple(lax.slice(pair, first, end).reshape(-1, _COLUMNS) for pair in pairs)
+
+    def step(_, places):
+        even, odd = _exchanged(*places)
+        if half > 1:
+            heads, tails = (tuple(_tiles(x, 0, half - 1) for x in odd), tuple(_tiles(x, 1, half) for x in even))
+            heads, tails = _exchanged(heads, tails)
+            even = tuple(jnp.concatenate([_tiles(x, 0, 1), tail]) for x, tail in zip(even, tails, strict=True))
+            odd = tuple(jnp.concatenate([head, _tiles(x, half - 1, half)]) for x, head in zip(odd, heads, strict=True))
+        return even, odd
+
+    return lax.fori_loop(0, half, step, (places(0), places(1)))
 
 
 def _take(best, top_k: int, emit, state=None):
@@ -177,35 +211,40 @@ def _take(best, top_k: int, emit, state=None):
     A rank is distinct in a column, larger for lower blocks, and 0 or more. Once only invisible entries are left their
     ranks mean nothing. A loop, since the kernel's code takes long to make.
     """
+    half = best[0][0].shape[0] // _LANES
+
+    def following(best):
+        """The lists without their first entries."""
+        even, odd = best
+        rest = _nothing(1)
+        if half > 1:
+            rest = tuple(jnp.concatenate([_tiles(x, 1, half), nothing]) for x, nothing in zip(even, rest, strict=True))
+        return (odd, rest) if odd else (rest, ())
 
     def step(j, carry):
-        (all_keys, ranks), state = carry
-        largest = all_keys[0].max(axis=0)
-        rank = jnp.where(all_keys[0] == _over_lanes(largest), ranks[0], jnp.int32(-1)).max(axis=0)
-        gives = ranks[0] == _over_lanes(rank)
-        all_keys, ranks = (
-            tuple(
-                jnp.where(gives, following, here)
-                for here, following in zip(values, (*values[1:], nothing), strict=True)
-            )
-            for values, nothing in ((all_keys, jnp.int32(keys.INVISIBLE)), (ranks, jnp.int32(-1)))
-        )
-        return (all_keys, ranks), emit(state, j, largest, rank)
+        best, state = carry
+        first_keys, first_ranks = (_tiles(values, 0, 1) for values in best[0])
+        largest = first_keys.max(axis=0)
+        is_largest = first_keys == _over_rows(largest, first_keys)
+        rank = jnp.where(is_largest, first_ranks, jnp.int32(-1)).max(axis=0)
+        gives = first_ranks == _over_rows(rank, first_ranks)
+        gives = jnp.concatenate([gives] * half) if half > 1 else gives
+        best = jax.tree.map(lambda new, old: jnp.where(gives, new, old), following(best), best)
+        return best, emit(state, j, largest, rank)
 
     return lax.fori_loop(0, top_k, step, (best, state))[1]
 
 
 def _winners(best, top_k: int):
     """Keys and ranks of the top_k best in registers: lane j has the j-th best, and the others invisible ones."""
-    lane = _lane()
-    nothing = tuple(jnp.where(lane < 0, 0, jnp.int32(value)) for value in (keys.INVISIBLE, -1))
+    lane = _row(1)
 
     def keep(state, j, largest, rank):
         return tuple(
-            jnp.where(lane == j, _over_lanes(new), old) for new, old in zip((largest, rank), state, strict=True)
+            jnp.where(lane == j, _over_rows(new, old), old) for new, old in zip((largest, rank), state, strict=True)
         )
 
-    return _take(best, top_k, keep, nothing)
+    return _take(best, top_k, keep, _nothing(1))
 
 
 @functools.partial(jax.jit, static_argnames=("choice", "config", "interpret"))
@@ -228,20 +267,13 @@ def _choose_scores(scores, positions, share, *, choice: Choice, config: TuningCo
         slab, group, cta = lax.axis_index("slab"), lax.axis_index("group"), lax.axis_index("cta")
         wg = lax.axis_index("wg")
         first_column = group * _COLUMNS
-        owns = _own_blocks(positions_gmem[slab], first_column, choice)
-        visible = choice.shares.count(functools.reduce(jnp.maximum, owns) + 1, share)
+        own, last_own = _own_blocks(positions_gmem[slab], first_column, choice)
 
-        def entries(own):
+        def entries():
             first_block = cta * config.blocks + wg * chunk
-            columns = pl.ds(first_column, _COLUMNS)
-            # All of them, before the first is waited for.
-            tiles = [
-                _load(scores_gmem.at[slab, pl.ds(first_block + i * _LANES, _LANES), columns])
-                for i in range(chunk // _LANES)
-            ]
-            for i, tile in enumerate(tiles):
-                block = _lane() + (first_block + i * _LANES)
-                yield _key(tile, choice.shares.block(block, share), own, choice), (blocks - 1) - block
+            scores = _load(scores_gmem.at[slab, pl.ds(first_block, chunk), pl.ds(first_column, _COLUMNS)])
+            block = _row(chunk // _LANES) + first_block
+            return _key(scores, choice.shares.block(block, share), own, choice), (blocks - 1) - block
 
         def write(best):
             def emit(_, j, key, rank):
@@ -259,7 +291,7 @@ def _choose_scores(scores, positions, share, *, choice: Choice, config: TuningCo
                 refs[0][...], refs[1][...] = _winners(best, choice.top_k)
 
         def go():
-            best = _sorted(entries(_over_columns(owns)))
+            best = _sorted(entries())
             if warpgroups == 1:
                 finish(best)
                 return
@@ -270,8 +302,7 @@ def _choose_scores(scores, positions, share, *, choice: Choice, config: TuningCo
             @pl.when(wg == 0)
             def _():
                 plgpu.barrier_wait(barrier)
-                found = [(_load(keys_smem.at[i]), _load(ranks_smem.at[i])) for i in range(warpgroups)]
-                finish(_sorted(found))
+                finish(_sorted(tuple(_load(ref).reshape(-1, _COLUMNS) for ref in (keys_smem, ranks_smem))))
 
         def merge():
             """The first CTA of a cluster takes what all have found."""
@@ -288,7 +319,7 @@ def _choose_scores(scores, positions, share, *, choice: Choice, config: TuningCo
 
             @pl.when(cta == 0)
             def _():
-                write(_sorted((found(i, 0), found(i, 1)) for i in range(ctas)))
+                write(_sorted(tuple(jnp.concatenate([found(i, which) for i in range(ctas)]) for which in range(2))))
 
             # Nobody leaves before that has been read.
             plgpu.commit_smem()
@@ -296,7 +327,7 @@ def _choose_scores(scores, positions, share, *, choice: Choice, config: TuningCo
             plgpu.barrier_wait(barrier)
 
         if apart:
-            pl.when(visible > cta * config.blocks)(go)
+            pl.when(choice.shares.count(last_own + 1, share) > cta * config.blocks)(go)
             return
         # Whatever is visible: the position is not waited for before scores are read.
         go()
@@ -341,21 +372,18 @@ def _choose_found(
         share = choice.shares.of(share_gmem)
         slab, group = lax.axis_index("slab"), lax.axis_index("group")
         first_column = group * _COLUMNS
-        last = functools.reduce(jnp.maximum, _own_blocks(positions_gmem[slab], first_column, choice))
-        visible = choice.shares.count(last + 1, share)
-        found = [(_load(keys_gmem.at[slab, group, i]), _load(ranks_gmem.at[slab, group, i])) for i in range(ctas)]
-
-        def entries():
-            for i, (key, rank) in enumerate(found):
-                # A CTA that saw nothing wrote nothing. A rank must be distinct where it counts.
-                written = _lane() * 0 + visible > i * config.blocks
-                yield jnp.where(written, key, jnp.int32(keys.INVISIBLE)), jnp.where(written, rank, jnp.int32(-1))
+        last_own = _own_block(first_column + (_COLUMNS - 1), positions_gmem[slab], choice)
+        visible = choice.shares.count(last_own + 1, share)
+        found = tuple(_load(ref.at[slab, group]).reshape(-1, _COLUMNS) for ref in (keys_gmem, ranks_gmem))
+        # A CTA that saw nothing wrote nothing. A rank must be distinct where it counts.
+        written = lax.div(_row(ctas), jnp.int32(_LANES)) * config.blocks < visible
+        entries = tuple(jnp.where(written, here, no) for here, no in zip(found, _nothing(ctas), strict=True))
 
         def emit(_, j, key, rank):
             block = choice.shares.block((blocks - 1) - rank, share)
             choice.write(out_gmem, slab, first_column, j, key, block)
 
-        _take(_sorted(entries()), choice.top_k, emit)
+        _take(_sorted(entries), choice.top_k, emit)
 
     return plgpu.kernel(
         choose_found,

@@ -29,10 +29,8 @@ from pallas_kernels.index_topk.shares import Shares
 _TILE = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 _WARPGROUPS = 2
 _ROWS = WIDTH // _WARPGROUPS
-# A thread has one row.
-_LAYOUT = plgpu.Layout.WG_STRIDED((_ROWS,), vec_size=1)
-# Or the entries of one row, over any leading axes.
-_LISTS = plgpu.Layout.TILED(plgpu.Tiling(((_ROWS,), (_ROWS // 4,), (1,))), (-3,), (-2,), -1)
+# A thread has one row, in each of several stretches of rows, over any leading axes.
+_LAYOUT = plgpu.Layout.TILED(plgpu.Tiling(((_ROWS,), (_ROWS // 4,), (1,))), (-3,), (-2,), -1)
 
 
 @dataclass(frozen=True)
@@ -133,12 +131,9 @@ def _cta_of(unit, total, ctas: int):
     return jnp.where(unit < one_more, lax.div(unit, each + 1), late)
 
 
-def _full(value: int):
-    return plgpu.layout_cast(jnp.full((_ROWS,), value, jnp.int32), _LAYOUT)
-
-
-def _nothing(top_k: int):
-    return (_full(keys.INVISIBLE),) * top_k, (_full(-1),) * top_k
+def _nothing(*shape: int):
+    """Keys and numbers of lists without a block."""
+    return tuple(jnp.full(shape, value, jnp.int32) for value in (keys.INVISIBLE, -1))
 
 
 @functools.partial(jax.jit, static_argnames=("choice", "config", "interpret"))
@@ -311,17 +306,21 @@ def _choose_pieces(
                     key = keys.keys_of(plgpu.load(largest_smem.at[wg], layout=_LAYOUT, optimized=False))
                     forced = own - block < choice.local_blocks
                     if choice.init_blocks:
-                        forced = jnp.logical_or(forced, _full(0) + block < choice.init_blocks)
+                        forced = jnp.logical_or(forced, jnp.full((_ROWS,), block) < choice.init_blocks)
                     key = jnp.where(forced, jnp.int32(keys.FORCED), key)
                     key = jnp.where(own - block >= 0, key, jnp.int32(keys.INVISIBLE))
-                    return insert(best, key, _full(0) + block, top_k)
+                    return insert(best, key, block)
 
-                found = lax.fori_loop(0, count, step, _nothing(top_k))
+                found = lax.fori_loop(0, count, step, _nothing(top_k * _ROWS))
                 plgpu.barrier_arrive(q_free.at[q_slot])
-                for part, values in enumerate(found):
-                    for j, value in enumerate(values):
-                        place = jnp.where(first_block > 0, top_k - 1 - j, j)
-                        out_gmem[window + cta, part, place, pl.ds(wg * _ROWS, _ROWS)] = value
+
+                def write(j, found):
+                    place = jnp.where(first_block > 0, top_k - 1 - j, j)
+                    for part, values in enumerate(found):
+                        out_gmem[window + cta, part, place, pl.ds(wg * _ROWS, _ROWS)] = values[:_ROWS]
+                    return tuple(jnp.concatenate([values[_ROWS:], values[:_ROWS]]) for values in found)
+
+                lax.fori_loop(0, top_k, write, found)
 
             over_pieces(score, position_gmem)
 
@@ -386,7 +385,7 @@ def _merge_pieces(pieces, ends, *, choice: Choice, config: TuningConfig, interpr
         every = (slice(None),) * (steps - 1)
 
         def load(ref):
-            return plgpu.load(ref, layout=_LISTS, optimized=False)
+            return plgpu.load(ref, optimized=False)
 
         def best(half):
             return tuple(load(best_smem.at[part, half]) for part in range(2))
@@ -414,13 +413,12 @@ def _merge_pieces(pieces, ends, *, choice: Choice, config: TuningConfig, interpr
                 better_ones = (either(better(old, new), old, new) for old, new in zip(halves, here, strict=True))
                 return lax.fori_loop(0, steps, step, tuple(better_ones)), following
 
-            return lax.fori_loop(first + 1, last + 1, merge, (found(first), found(jnp.minimum(first + 1, last))))[0]
+            ((some_keys, numbers), others), following = found(first), found(jnp.minimum(first + 1, last))
+            # The layout of one array settles that of all; the compiler would try out each that it is told.
+            halves = (plgpu.layout_cast(some_keys, _LAYOUT), numbers), others
+            return lax.fori_loop(first + 1, last + 1, merge, (halves, following))[0]
 
-        def nothing():
-            values = (jnp.full((*entries[1:], _ROWS), value, jnp.int32) for value in (keys.INVISIBLE, -1))
-            return (tuple(plgpu.layout_cast(value, _LISTS) for value in values),) * 2
-
-        halves = lax.cond(end > start, merge_all, nothing)
+        halves = lax.cond(end > start, merge_all, lambda: (_nothing(*entries[1:], _ROWS),) * 2)
         for half, values in enumerate(halves):
             for part, value in enumerate(values if choice.with_keys else values[1:]):
                 out_gmem.at[(window, part, half, *every, columns)][...] = value

@@ -12,7 +12,6 @@ the first rounded away.
 # pyright: reportPrivateImportUsage=false, reportAbstractUsage=false
 
 import functools
-import itertools
 import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -28,6 +27,8 @@ from pallas_kernels.sparse_attention import mosaic_gpu_decode_merge as merging
 
 _TILE = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 _WGMMA = plgpu.Layout.WGMMA
+# A thread has one channel of every row.
+_BY_CHANNEL = plgpu.Layout.TILED(plgpu.Tiling(((1, DIM), (32,), (1,))), (-3,), (-2,), -1)
 # Rows of the least tile of a wgmma.
 _ROWS = 64
 # Rows of a tile of shared memory: fewer than that cannot be copied.
@@ -126,7 +127,6 @@ def attend_decode(q, k, v, block_ids, block_table, seq_lens, *, scale: float, co
         A CTA takes from another one whole arrays, since jax 0.11 has no addresses within those of another. So array
         (i, step) holds what the CTA i places behind the owner is to take in a step.
         """
-        by_channel = plgpu.Layout.WG_STRIDED((rows_at_a_time, DIM), 1)
 
         def behind(i):
             return lax.rem(part + i, jnp.int32(shares))
@@ -140,18 +140,14 @@ def attend_decode(q, k, v, block_ids, block_table, seq_lens, *, scale: float, co
         places = [(i, step) for i in range(shares) for step in range(steps)]
         first_queries = [behind(i) * each + step * rows_at_a_time for i, step in places]
         # All that is read before anything is written, which the compiler takes for the same memory.
-        partials = [
-            plgpu.load(partial_smem.at[pl.ds(first, rows_at_a_time)], layout=by_channel) for first in first_queries
-        ]
-        stats = [
-            [[stats_smem[which, first + j] for j in range(rows_at_a_time)] for which in range(2)]
-            for first in first_queries
-        ]
+        queries_of = [pl.ds(first, rows_at_a_time) for first in first_queries]
+        partials = [partial_smem[rows] for rows in queries_of]
+        stats = [[plgpu.load(stats_smem.at[which, rows], optimized=False) for which in range(2)] for rows in queries_of]
         for place, partial, of_place in zip(places, partials, stats, strict=True):
             array(*place, 0)[...] = partial
-            for which, j in itertools.product(range(2), range(rows_at_a_time)):
-                stat = jnp.full((DIM,), of_place[which][j], jnp.float32)
-                array(*place, 1 + which).at[j][...] = plgpu.layout_cast(stat, plgpu.Layout.WG_STRIDED((DIM,), 1))
+            for which, stat in enumerate(of_place):
+                spread = lax.broadcast_in_dim(stat, partial.shape, [0])
+                array(*place, 1 + which)[...] = plgpu.layout_cast(spread, _BY_CHANNEL)
         plgpu.commit_smem()
         plgpu.barrier_arrive(cluster_barrier)
         plgpu.barrier_wait(cluster_barrier)
@@ -159,12 +155,14 @@ def attend_decode(q, k, v, block_ids, block_table, seq_lens, *, scale: float, co
             # What the CTA i places behind has for this one, which stands shares - i places behind it.
             partials, maxima, totals = (
                 [
-                    plgpu.load(array((shares - i) % shares, step, which, behind(i)), layout=by_channel, optimized=False)
+                    plgpu.load(array((shares - i) % shares, step, which, behind(i)), optimized=False)
                     for i in range(shares)
                 ]
                 for which in range(3)
             )
-            largest = functools.reduce(jnp.maximum, maxima)
+            # One layout settles all: the compiler tries out each that it is told.
+            by_channel = plgpu.Layout.WG_STRIDED((rows_at_a_time, DIM), 1)
+            largest = plgpu.layout_cast(functools.reduce(jnp.maximum, maxima), by_channel)
             weights = [jnp.exp2((maximum - largest) * factor) for maximum in maxima]
             whole, acc = (
                 functools.reduce(jnp.add, [weight * value for weight, value in zip(weights, values, strict=True)])
@@ -286,11 +284,11 @@ def attend_decode(q, k, v, block_ids, block_table, seq_lens, *, scale: float, co
                 @pl.when(num_seen < PAGE_SIZE)
                 def _(slot=slot, num_seen=num_seen):
                     # A weight of 0 does not silence a NaN in an unused slot.
+                    key = plgpu.broadcasted_iota(jnp.int32, (_ROWS, DIM), 0, layout=_WGMMA)
                     for first in range(0, PAGE_SIZE, _ROWS):
                         rows = v_smem.at[slot, pl.ds(first, _ROWS)]
-                        values = plgpu.load(rows, layout=_WGMMA)
-                        key = plgpu.broadcasted_iota(jnp.int32, (_ROWS, DIM), 0, layout=_WGMMA) + first
-                        rows[...] = jnp.where(key < num_seen, values, jnp.zeros_like(values))
+                        values = rows[...]
+                        rows[...] = jnp.where(key + first < num_seen, values, jnp.zeros_like(values))
                     plgpu.commit_smem()
 
             def multiply_v(acc):
@@ -316,13 +314,11 @@ def attend_decode(q, k, v, block_ids, block_table, seq_lens, *, scale: float, co
                 load_k(first_pages[i], i)
                 load_v(first_pages[i], i)
 
-        def tile_of(value):
-            return plgpu.layout_cast(jnp.full((PAGE_SIZE, height), value, jnp.float32), _WGMMA)
-
-        largest = plgpu.layout_cast(jnp.full((height,), _LOWEST, jnp.float32), _WGMMA.reduce(0))
+        nothing = jnp.zeros((PAGE_SIZE, height), jnp.float32)
+        largest = jnp.full((height,), _LOWEST, jnp.float32)
         plgpu.barrier_wait(q_barrier)
         steps_over = count if together == 1 else (count > 0).astype(jnp.int32)
-        carry = (tile_of(0.0), largest, tile_of(0.0), *first_pages[stages:])
+        carry = (nothing, largest, nothing, *first_pages[stages:])
         acc, largest, total, *_pages = lax.fori_loop(0, steps_over, step, carry)
         total = total.sum(axis=0)
         if clustered:

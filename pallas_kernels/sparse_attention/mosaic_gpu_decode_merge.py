@@ -36,7 +36,8 @@ def merge_decode(partials, stats, *, group: int, factor: float, interpret: Any):
 
     def merge(partials_gmem, stats_gmem, out_gmem, partials_smem, out_smem, barrier):
         row, head, query = lax.axis_index("row"), lax.axis_index("head"), lax.axis_index("query")
-        by_share, by_channel = _WGMMA.reduce(1), _WGMMA.reduce(0)
+        # The only layout: it settles the others, and the compiler would try out each that it is told.
+        share_of_row = plgpu.broadcasted_iota(jnp.int32, (TILE,), 0, layout=_WGMMA.reduce(1))
 
         def load(first):
             count = min(TILE, shares - first)
@@ -45,12 +46,11 @@ def merge_decode(partials, stats, *, group: int, factor: float, interpret: Any):
                 plgpu.copy_gmem_to_smem(where, partials_smem.at[half, pl.ds(0, count)], barrier)
 
         def stat(first, which, otherwise):
-            share = first + plgpu.broadcasted_iota(jnp.int32, (TILE,), 0, layout=by_share)
-            where = stats_gmem.at[row, head, pl.ds(first, TILE), which, query]
-            return jnp.where(share < shares, plgpu.load(where, layout=by_share, optimized=False), otherwise)
+            stats = plgpu.load(stats_gmem.at[row, head, pl.ds(first, TILE), which, query], optimized=False)
+            return jnp.where(share_of_row < shares - first, stats, otherwise)
 
         largest, total = jnp.float32(_LOWEST), jnp.float32(0)
-        acc = plgpu.layout_cast(jnp.zeros((DIM,), jnp.float32), by_channel)
+        acc = jnp.zeros((DIM,), jnp.float32)
         for first in range(0, shares, TILE):
             load(first)
             maxima = stat(first, 0, _LOWEST)
@@ -58,10 +58,7 @@ def merge_decode(partials, stats, *, group: int, factor: float, interpret: Any):
             decay = jnp.exp2((largest - new_largest) * factor)
             weights = stat(first, 1, 0.0) * jnp.exp2((maxima - new_largest) * factor)
             plgpu.barrier_wait(barrier)
-            high, low = (
-                plgpu.load(partials_smem.at[half], layout=_WGMMA, optimized=False).astype(jnp.float32)
-                for half in range(2)
-            )
+            high, low = (plgpu.load(partials_smem.at[half], optimized=False).astype(jnp.float32) for half in range(2))
             spread = lax.broadcast_in_dim(weights, high.shape, [0])
             # Behind the shares the tile holds anything, also a NaN.
             products = jnp.where(spread > 0, (high + low) * spread, 0.0)

@@ -84,7 +84,10 @@ def merge_prefill(
     ):
         group = lax.axis_index("group")
         first_unit, num_slots = first_unit_gmem[0], slots_gmem[group]
-        row_layout = _WGMMA.reduce(1)
+        # The only layout: it settles the others, and the compiler would try out each that it is told.
+        row = plgpu.broadcasted_iota(jnp.int32, (2 * _ROWS,), 0, layout=_WGMMA.reduce(1))
+        is_before = [lax.rem(row, jnp.int32(_ROWS)) < (unit + 1) * GROUP for unit in range(_UNITS - 1)]
+        of_nothing = jnp.where(row < _ROWS, jnp.float32(_LOWEST), jnp.float32(0))
         plgpu.copy_gmem_to_smem(places_gmem.at[group], places_smem, places_barrier)
 
         def load(slot, stage):
@@ -105,46 +108,39 @@ def merge_prefill(
             return [places_smem[unit, slot] for unit in range(_UNITS)]
 
         def load_stats(slot):
-            """For each statistic and unit the rows of a whole tile, shifted so that the unit's own are in their place.
+            """For each unit both statistics of a whole tile's rows, shifted so that the unit's own are in their place.
 
             Copies of a unit's 16 rows alone would be too many for the copy engine.
             """
 
-            def rows(place, unit, which):
+            def rows(place, unit):
                 place = jnp.maximum(place, 0) + _UNITS  # behind the room for reading beyond
                 tile, pair = lax.div(place, jnp.int32(_UNITS)), lax.rem(place, jnp.int32(_UNITS))
-                start = (2 * tile + which) * _ROWS + (pair - unit) * GROUP
-                return plgpu.load(stats_gmem.at[pl.ds(start, _ROWS)], layout=row_layout, optimized=False)
+                start = 2 * tile * _ROWS + (pair - unit) * GROUP
+                return plgpu.load(stats_gmem.at[pl.ds(start, 2 * _ROWS)], optimized=False)
 
-            places = places_of(slot)
-            return [[rows(place, unit, which) for unit, place in enumerate(places)] for which in range(2)]
+            return [rows(place, unit) for unit, place in enumerate(places_of(slot))]
 
         def by_unit(parts):
             """Of several vectors of rows, or scalars, each unit's rows of its own."""
-            row = plgpu.broadcasted_iota(jnp.int32, (_ROWS,), 0, layout=row_layout)
             result = parts[-1]
             for unit in range(_UNITS - 2, -1, -1):
-                result = jnp.where(row < (unit + 1) * GROUP, parts[unit], result)
+                result = jnp.where(is_before[unit], parts[unit], result)
             return result
-
-        def rows_of(value):
-            return plgpu.layout_cast(jnp.full((_ROWS,), value, jnp.float32), row_layout)
 
         def step(slot, carry):
             acc, largest, whole, stats = carry
             # A step ahead, since they come from memory.
             next_stats = load_stats(slot + 1)
             valid = by_unit(places_of(slot)) >= 0
-            maximum, total = (
-                jnp.where(valid, by_unit(parts), otherwise)
-                for parts, otherwise in zip(stats, (_LOWEST, 0.0), strict=True)
-            )
+            stats = jnp.where(valid, by_unit(stats), of_nothing)
+            maximum, total = stats[:_ROWS], stats[_ROWS:]
             raised = jnp.maximum(largest, maximum)
             rescale, weight = (jnp.exp2((x - raised) * factor) for x in (largest, maximum))
             weight = total * weight
             stage = lax.rem(slot, jnp.int32(stages))
             plgpu.barrier_wait(partials_barrier.at[stage])
-            partial = plgpu.load(partials_smem.at[stage], layout=_WGMMA).astype(jnp.float32)
+            partial = partials_smem[stage].astype(jnp.float32)
             spread = lax.broadcast_in_dim(weight, partial.shape, [0])
             # An unused slot's partial result was never written, and may be a NaN.
             acc = acc * lax.broadcast_in_dim(rescale, acc.shape, [0]) + jnp.where(spread > 0, partial * spread, 0.0)
@@ -157,8 +153,11 @@ def merge_prefill(
 
             return acc, raised, whole * rescale + weight, next_stats
 
-        acc = plgpu.layout_cast(jnp.zeros((_ROWS, DIM), jnp.float32), _WGMMA)
-        first = (acc, rows_of(_LOWEST), rows_of(0.0), load_stats(0))
+        acc, largest, whole = (
+            jnp.full(shape, value, jnp.float32)
+            for shape, value in (((_ROWS, DIM), 0.0), ((_ROWS,), _LOWEST), ((_ROWS,), 0.0))
+        )
+        first = (acc, largest, whole, load_stats(0))
         acc, _, whole, _ = lax.fori_loop(0, num_slots, step, first)
         inverse = jnp.where(whole > 0, 1.0 / whole, 0.0)
         out_smem[...] = (acc * lax.broadcast_in_dim(inverse, acc.shape, [0])).astype(dtype)

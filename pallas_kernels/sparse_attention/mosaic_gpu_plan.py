@@ -111,7 +111,7 @@ def plan(
     starts = nothing.at[jnp.where(is_first, key, num_keys)].set(number, mode="drop")
     counts = nothing.at[jnp.where(is_last, key, num_keys)].set(number + 1, mode="drop") - starts
     tiles_of = (counts + TILE_PAIRS - 1) // TILE_PAIRS
-    ends = jnp.cumsum(tiles_of, dtype=jnp.int32)
+    ends = _running_sum(tiles_of)
     first_tiles = ends - tiles_of
 
     takes_part = key < num_keys
@@ -124,7 +124,7 @@ def plan(
     places = places.at[pair].set(jnp.where(takes_part, place, -1), unique_indices=True)
 
     keys = jnp.arange(num_keys, dtype=jnp.int32)
-    run_of_key = jnp.cumsum((counts > 0).astype(jnp.int32)) - 1
+    run_of_key = _running_sum((counts > 0).astype(jnp.int32)) - 1
     run = jnp.where(counts > 0, run_of_key, num_runs)
     key_of_run = jnp.zeros((num_runs,), jnp.int32).at[run].set(keys, mode="drop")
     # By every pair of a tile, with one value: a cumulative sum over the tiles is four kernels.
@@ -148,3 +148,11 @@ def _sort(key: Int32[Array, " n"], largest: int) -> tuple[Int32[Array, " n"], In
     narrow = key.astype(jnp.uint16 if largest < 2**16 else jnp.uint32)
     key, number = lax.sort((narrow, number), num_keys=1, is_stable=True)
     return key.astype(jnp.int32), number
+
+
+def _running_sum(values: Int32[Array, " n"]) -> Int32[Array, " n"]:
+    """By comparisons, in one reduction, where there are few; of many it is quicker in several steps."""
+    if values.shape[0] > 2048:
+        return jnp.cumsum(values, dtype=jnp.int32)
+    number = jnp.arange(values.shape[0], dtype=jnp.int32)
+    return jnp.sum(jnp.where(number <= number[:, None], values, 0), axis=1, dtype=jnp.int32)
