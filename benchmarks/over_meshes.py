@@ -1,12 +1,12 @@
 """Times of decode and prefill over several GPUs, and of the reductions in them.
 
     python benchmarks/over_meshes.py [--meshes tensor=4 expert=2,tensor=2] [--layers 6] [--batches 1 4 16]
-        [--context 8192] [--prefill 0] [--variants nccl xla] [--output benchmarks/results/meshes.json]
+        [--context 8192] [--prefill 0] [--variants nccl xla pallas] [--output benchmarks/results/meshes.json]
 
 The released model at full width with random weights, of `--layers` layers (the first three dense, the others sparse),
 drawn on the GPUs. All 60 layers on 8 GPUs, with a prefill of 32 K tokens:
 
-    python benchmarks/over_meshes.py --meshes tensor=8 --layers 60 --prefill 32768 --variants xla --output FILE
+    python benchmarks/over_meshes.py --meshes tensor=8 --layers 60 --prefill 32768 --variants xla pallas --output FILE
 
 - "sum": one all-reduce of rows x hidden size. A chain of 32 runs in one jitted call, with an elementwise operation
   between two; microseconds of one link, and of a link without its reduction.
@@ -16,8 +16,9 @@ drawn on the GPUs. All 60 layers on 8 GPUs, with a prefill of 32 K tokens:
   go on.
 - "prefill": a prompt of one sequence in chunks of `--chunk` tokens, from the first call to the last result.
 
-Variants are compiler options: "nccl" leaves every reduction to NCCL, "xla" is XLA's choice, which for few rows takes
-kernels of its own that read the other GPUs' memory. The error of a sum is its largest, over the sum of the magnitudes.
+Variants: "nccl" leaves every reduction to NCCL, "xla" is XLA's choice, which for few rows takes kernels of its own that
+read the other GPUs' memory, and "pallas" is what `generate` does: the small sums of a decode step in a kernel that
+writes to it, the others as XLA chooses. The error of a sum is its largest, over the sum of the magnitudes.
 Tokens and log-probabilities of a step are compared with those of the first variant.
 The floor of a step is the bytes that a GPU has to read at the card's measured copy rate: its part of the weights, of
 routed experts as many as random routing is expected to choose, keys and values, index keys. The floor of a prefill is
@@ -55,13 +56,15 @@ from m3_jax import Greedy, M3Config, M3ForCausalLM, generation, make_mesh, rando
 from m3_jax.mesh_option import parse_mesh
 from m3_jax.model import split
 from m3_jax.random_weights import named_config
-from m3_jax.sharding import over_mesh, place
+from m3_jax.sharding import all_reduce, over_mesh, partition_spec, peer_table, place, sums_over_peers
 
 KERNELS = "xla_gpu_experimental_use_collective_kernels"
+# Compiler options.
 VARIANTS = {
     # There is no way to ask for none of them but to ask for another.
     "nccl": {KERNELS: "COLLECTIVE_KERNEL_ALL_GATHER"},
     "xla": {},
+    "pallas": {},
 }
 CHAIN = 32
 ROWS = (1, 4, 16, 64)
@@ -84,15 +87,16 @@ class Compiled:
         started = time.perf_counter()
         compiled = lowered.compile(compiler_options=dict(VARIANTS[variant]))
         seconds = lowering_s + time.perf_counter() - started
-        text = compiled.as_text() or ""
+        lines = (compiled.as_text() or "").splitlines()
         # What is computed in loops counts once.
         kinds = Counter(
             line.split('kernel_strategy":"', 1)[1].split('"', 1)[0].removeprefix("KERNEL_STRATEGY_").lower()
             if 'kernel_strategy":"' in line
             else "default"
-            for line in text.splitlines()
+            for line in lines
             if " all-reduce(" in line or " all-reduce-start(" in line
         )
+        kinds += Counter(pallas=sum(" custom-call(" in line and "all_reduce" in line for line in lines))
         return cls(compiled, seconds, dict(kinds))
 
 
@@ -120,18 +124,28 @@ def chain(mesh: Mesh, dtype: Any, *, reduced: bool) -> Any:
     """A jitted function of rows [R, D], the same on every device: `CHAIN` times their mean over the devices."""
     devices = mesh.size
 
-    def links(x: jax.Array) -> jax.Array:
+    def links(x: jax.Array, peers: jax.Array | None) -> jax.Array:
         for _ in range(CHAIN):
             # Not a mean of equal values: each device adds its own number first.
             x = (x + jax.lax.axis_index("tensor").astype(dtype)) * jnp.asarray(1 / devices, dtype)
-            x = jax.lax.psum(x, "tensor") if reduced else jax.lax.optimization_barrier(x)
+            x = summed(x, peers) if reduced else jax.lax.optimization_barrier(x)
         return x
 
-    return jax.jit(over_mesh(mesh, links, PartitionSpec(), PartitionSpec()))
+    return jax.jit(over_mesh(mesh, links, (PartitionSpec(), partition_spec(("devices",), mesh)), PartitionSpec()))
 
 
 def one_sum(mesh: Mesh) -> Any:
-    return jax.jit(over_mesh(mesh, lambda x: jax.lax.psum(x[0], "tensor"), PartitionSpec("tensor"), PartitionSpec()))
+    cut = partition_spec(("devices",), mesh)
+    return jax.jit(over_mesh(mesh, lambda x, peers: summed(x[0], peers), (cut, cut), PartitionSpec()))
+
+
+def summed(x: jax.Array, peers: jax.Array | None) -> jax.Array:
+    with sums_over_peers(peers):
+        return all_reduce(x, "tensor")
+
+
+def peers_of(mesh: Any, variant: str) -> jax.Array | None:
+    return peer_table(mesh) if variant == "pallas" else None
 
 
 def sums(
@@ -144,23 +158,32 @@ def sums(
         same = jax.ShapeDtypeStruct((count, size), dtype, sharding=NamedSharding(flat, PartitionSpec()))
         cut = NamedSharding(flat, PartitionSpec("tensor"))
         own = jax.ShapeDtypeStruct((devices, count, size), dtype, sharding=cut)
-        bare = pool.submit(Compiled.of, *lower(chain(flat, dtype, reduced=False), same), "xla")
+        bare = pool.submit(Compiled.of, *lower(chain(flat, dtype, reduced=False), same, None), "xla")
         for variant in variants:
-            linked = pool.submit(Compiled.of, *lower(chain(flat, dtype, reduced=True), same), variant)
-            single = pool.submit(Compiled.of, *lower(one_sum(flat), own), variant)
-            yield functools.partial(measure_sum, flat, same, own, variant, linked, bare, single)
+            peers = peers_of(flat, variant)
+            linked = pool.submit(Compiled.of, *lower(chain(flat, dtype, reduced=True), same, peers), variant)
+            single = pool.submit(Compiled.of, *lower(one_sum(flat), own, peers), variant)
+            yield functools.partial(measure_sum, flat, same, own, variant, peers, linked, bare, single)
 
 
 def measure_sum(
-    mesh: Mesh, same: Any, own: Any, variant: str, linked: Future[Compiled], bare: Future[Compiled], single: Any
+    mesh: Mesh,
+    same: Any,
+    own: Any,
+    variant: str,
+    peers: jax.Array | None,
+    linked: Future[Compiled],
+    bare: Future[Compiled],
+    single: Future[Compiled],
 ) -> dict[str, Any]:
     values = np.random.default_rng(own.shape[1]).standard_normal(own.shape, np.float32)
     parts = place(mesh, ("heads", "whole", "whole"), values.astype(own.dtype))
     exact = np.asarray(jax.device_get(parts), np.float64)
-    found = np.asarray(jax.device_get(single.result().call(parts)), np.float64)
+    found = np.asarray(jax.device_get(single.result().call(parts, peers)), np.float64)
     error = float(np.max(np.abs(found - exact.sum(0)) / np.abs(exact).sum(0)))
     x = place(mesh, ("whole", "whole"), np.zeros(same.shape, own.dtype))
-    us, without = (seconds(functools.partial(f.result().call, x), 4) / CHAIN * 1e6 for f in (linked, bare))
+    calls = (functools.partial(linked.result().call, x, peers), functools.partial(bare.result().call, x, None))
+    us, without = (seconds(call, 4) / CHAIN * 1e6 for call in calls)
     result = {
         "what": "sum",
         "rows": same.shape[0],
@@ -294,14 +317,21 @@ def steps(
     stops = place(structure.mesh, ("whole",), np.full(1, -1, np.int32))
     for batch in batches:
         state = random_state(model, batch, context, sampler, stops)
-        step = lower(generation._decode_step, structure, weights, state, sampler, stops)
-        loop = lower(generation._decode_loop, structure, weights, state, sampler, stops, np.int32(0)) if loops else None
-        del state
+        tables = {variant: peers_of(structure.mesh, variant) for variant in variants}
+        lowered: dict[bool, list[tuple[jax.stages.Lowered, float] | None]] = {}
+        for peers in tables.values():
+            # Once for the variants that are compiler options alone.
+            if (peers is None) not in lowered:
+                args = structure, weights, state, sampler, stops
+                step = lower(generation._decode_step, *args, peers)
+                loop = lower(generation._decode_loop, *args, np.int32(0), peers) if loops else None
+                lowered[peers is None] = [step, loop]
+        del state, args
         first: list[Any] = []
-        for variant in variants:
-            compiled = [pool.submit(Compiled.of, *lowered, variant) if lowered else None for lowered in (step, loop)]
+        for variant, peers in tables.items():
+            compiled = [pool.submit(Compiled.of, *one, variant) if one else None for one in lowered[peers is None]]
             yield functools.partial(
-                measure_step, model, batch, context, sampler, stops, variant, profile, *compiled, first
+                measure_step, model, batch, context, sampler, stops, variant, peers, profile, *compiled, first
             )
 
 
@@ -312,6 +342,7 @@ def measure_step(
     sampler: Greedy,
     stops: Any,
     variant: str,
+    peers: jax.Array | None,
     profile: bool,
     step: Future[Compiled],
     loop: Future[Compiled] | None,
@@ -321,7 +352,7 @@ def measure_step(
     compiled = step.result()
     state = random_state(model, batch, context, sampler, stops)
     for _ in range(COMPARED):
-        state = compiled.call(weights, state, sampler, stops)
+        state = compiled.call(weights, state, sampler, stops, peers)
     made = slice(0, COMPARED + 1)
     tokens, logprobs = (np.asarray(jax.device_get(x))[:batch, made] for x in (state.tokens, state.logprobs))
     if not first:
@@ -332,7 +363,7 @@ def measure_step(
 
     def call() -> Any:
         nonlocal state
-        state = compiled.call(weights, state, sampler, stops)
+        state = compiled.call(weights, state, sampler, stops, peers)
         return state.token
 
     us = seconds(call, CALLS) * 1e6
@@ -346,7 +377,7 @@ def measure_step(
     )
     profiled = longest(call) if profile else None
     del state
-    looped = None if loop is None else measure_loop(model, batch, context, sampler, stops, loop.result())
+    looped = None if loop is None else measure_loop(model, batch, context, sampler, stops, peers, loop.result())
     return {
         "what": "step",
         "batch": batch,
@@ -405,14 +436,22 @@ def longest(step: Callable[[], Any], calls: int = 5) -> dict[str, Any]:
     return result
 
 
-def measure_loop(model: M3ForCausalLM, batch: int, context: int, sampler: Greedy, stops: Any, loop: Compiled) -> float:
+def measure_loop(
+    model: M3ForCausalLM,
+    batch: int,
+    context: int,
+    sampler: Greedy,
+    stops: Any,
+    peers: jax.Array | None,
+    loop: Compiled,
+) -> float:
     _, weights = split(model)
     state = jax.block_until_ready(random_state(model, batch, context, sampler, stops))
     times, ended = [], 1
     for number in (4, *(LOOPED,) * 3):
         ended += number
         started = time.perf_counter()
-        state = jax.block_until_ready(loop.call(weights, state, sampler, stops, np.int32(ended)))
+        state = jax.block_until_ready(loop.call(weights, state, sampler, stops, np.int32(ended), peers))
         times.append((time.perf_counter() - started) / number * 1e6)
     print(f"    in the loop {statistics.median(times[1:]):.1f} us", flush=True)
     return statistics.median(times[1:])

@@ -157,8 +157,8 @@ def decode_step_table(record: dict[str, Any]) -> str:
 def meshes_table(record: dict[str, Any]) -> str:
     """Times of `meshes.json`: steps and prefills over several GPUs, then the reductions in them."""
     lines = [
-        "| mesh | layers | what | floor | NCCL | XLA's kernels | best / floor |",
-        "|---|---|---|---|---|---|---|",
+        "| mesh | layers | what | floor | NCCL | XLA's kernels | ours | best / floor |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     sums: dict[tuple[int, str, int], dict[str, float]] = {}
     # With other flags of XLA than its defaults: for whoever looks into the file.
@@ -175,16 +175,15 @@ def meshes_table(record: dict[str, Any]) -> str:
                 key = (result["devices"], result["dtype"], result["rows"])
                 sums.setdefault(key, {})[result["variant"]] = result["us"] - result["without"]
         for name, variants in found.items():
-            times = [f"{variants[v]['us']:,.0f}" if v in variants else "" for v in ("nccl", "xla")]
+            times = " | ".join(f"{variants[v]['us']:,.0f}" if v in variants else "" for v in ("nccl", "xla", "pallas"))
             floor = next(iter(variants.values()))["floor"]
             best = min(result["us"] for result in variants.values())
             lines.append(
-                f"| {mesh['mesh']} | {mesh['layers']} | {name} | {floor:,.0f} | {times[0]} | {times[1]} | "
-                f"{best / floor:.2f} |"
+                f"| {mesh['mesh']} | {mesh['layers']} | {name} | {floor:,.0f} | {times} | {best / floor:.2f} |"
             )
-    lines += ["", "| one all-reduce | rows | NCCL | XLA's kernels |", "|---|---|---|---|"]
+    lines += ["", "| one all-reduce | rows | NCCL | XLA's kernels | ours |", "|---|---|---|---|---|"]
     for (devices, dtype, rows), times in sorted(sums.items()):
-        shown = " | ".join(f"{times[v]:.1f}" if v in times else "" for v in ("nccl", "xla"))
+        shown = " | ".join(f"{times[v]:.1f}" if v in times else "" for v in ("nccl", "xla", "pallas"))
         lines.append(f"| {devices} GPUs, {dtype} | {rows} | {shown} |")
     environment = meshes[0]["environment"]
     commands = " and ".join(dict.fromkeys(f"`{mesh['environment']['command']}`" for mesh in meshes))

@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, Key, UInt
+from jaxtyping import Array, Bool, Float, Int, Key, UInt, UInt32
 
 from m3_jax.cache import Cache, cache_specs
 from m3_jax.config import M3Config
 from m3_jax.model import M3ForCausalLM, Structure, split
 from m3_jax.sampling import Greedy, TokenSampler
-from m3_jax.sharding import BATCH, all_reduce, fetch, over_mesh, place
+from m3_jax.sharding import BATCH, all_reduce, fetch, over_mesh, peer_table, place, sums_over_peers
 
 PREFILL_CHUNK = 2048
 MIN_CHUNK = 16
@@ -137,15 +137,16 @@ def generate(
     capacity = _power_of_two(max_new_tokens)
     stops = place(structure.mesh, ("whole",), stops)
     state = _first_token(structure, weights, cache, hidden, rows(seeds), rows(lengths > 0), sampler, stops, capacity)
+    peers = peer_table(structure.mesh)
     if stream is None:
-        state = _decode_loop(structure, weights, state, sampler, stops, np.int32(max_new_tokens))
+        state = _decode_loop(structure, weights, state, sampler, stops, np.int32(max_new_tokens), peers)
     else:
         _emit(stream, state, np.zeros(num_prompts, np.int32))
         for _ in range(max_new_tokens - 1):
             before, finished = fetch((state.num_new, state.finished))
             if finished.all():
                 break
-            state = _decode_step(structure, weights, state, sampler, stops)
+            state = _decode_step(structure, weights, state, sampler, stops, peers)
             _emit(stream, state, before[:num_prompts])
     return _output(state, num_prompts)
 
@@ -333,20 +334,34 @@ def _append(
     )
 
 
-def _step(model: M3ForCausalLM, state: DecodeState, sampler: TokenSampler, stops: Int[Array, " E"]) -> DecodeState:
+def _step(
+    model: M3ForCausalLM,
+    state: DecodeState,
+    sampler: TokenSampler,
+    stops: Int[Array, " E"],
+    peers: UInt32[Array, "1 W"] | None,
+) -> DecodeState:
     """One token for every sequence that has not finished; the others write nothing and stay as they are."""
     query_lens = jnp.where(state.finished, 0, 1).astype(jnp.int32)
-    output = model.forward(state.token[:, None], state.cache, query_lens, decode=True)
+    with sums_over_peers(peers):
+        output = model.forward(state.token[:, None], state.cache, query_lens, decode=True)
     token, logprob = _draw(model, output.last_hidden[:, 0], state.keys, state.num_new, sampler)
     return _append(dataclasses.replace(state, cache=output.cache), token, logprob, stops)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _decode_step(
-    structure: Structure, weights: nnx.State, state: DecodeState, sampler: TokenSampler, stops: Int[Array, " E"]
+    structure: Structure,
+    weights: nnx.State,
+    state: DecodeState,
+    sampler: TokenSampler,
+    stops: Int[Array, " E"],
+    peers: UInt32[Array, "N W"] | None = None,
 ) -> DecodeState:
+    """One step; `peers` is the mesh's `peer_table`."""
     specs, whole = _state_specs(structure), structure.spec()
-    return structure.run(_step, weights, (state, sampler, stops), (specs, whole, whole), specs)
+    arguments = (state, sampler, stops, peers)
+    return structure.run(_step, weights, arguments, (specs, whole, whole, structure.spec("devices")), specs)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -357,9 +372,17 @@ def _decode_loop(
     sampler: TokenSampler,
     stops: Int[Array, " E"],
     max_new_tokens: Int[Array, ""],
+    peers: UInt32[Array, "N W"] | None = None,
 ) -> DecodeState:
+    """Steps until every sequence has finished; `peers` is the mesh's `peer_table`."""
+
     def loop(
-        model: M3ForCausalLM, state: DecodeState, sampler: TokenSampler, stops: Array, max_new_tokens: Array
+        model: M3ForCausalLM,
+        state: DecodeState,
+        sampler: TokenSampler,
+        stops: Array,
+        max_new_tokens: Array,
+        peers: Array | None,
     ) -> DecodeState:
         def unfinished(state: DecodeState) -> Bool[Array, ""]:
             # Of the sequences on all devices: a device that left the loop alone would be missed in the next reduction.
@@ -367,13 +390,14 @@ def _decode_loop(
             return all_reduce(mine.astype(jnp.int32), BATCH) > 0
 
         def step(carry: tuple[DecodeState, Bool[Array, ""]]) -> tuple[DecodeState, Bool[Array, ""]]:
-            state = _step(model, carry[0], sampler, stops)
+            state = _step(model, carry[0], sampler, stops, peers)
             return state, unfinished(state)
 
         return jax.lax.while_loop(lambda carry: carry[1], step, (state, unfinished(state)))[0]
 
     specs, whole = _state_specs(structure), structure.spec()
-    return structure.run(loop, weights, (state, sampler, stops, max_new_tokens), (specs, *(whole,) * 3), specs)
+    arguments = (state, sampler, stops, max_new_tokens, peers)
+    return structure.run(loop, weights, arguments, (specs, *(whole,) * 3, structure.spec("devices")), specs)
 
 
 def _emit(stream: Stream, state: DecodeState, before: np.ndarray) -> None:

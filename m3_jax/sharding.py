@@ -36,9 +36,11 @@ expert=8 two exchanges of 4 x 8,192 rows a device (about 1.6 ms each). Prefill o
 which one computes while the other's sums are reduced (`model.Turns`).
 """
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from types import MappingProxyType
 from typing import Any
 
@@ -47,7 +49,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, UInt32
+
+from pallas_kernels.all_reduce import Workspace, make_workspace, why_no_workspace
+from pallas_kernels.all_reduce import all_reduce as reduce_over_peers
 
 MESH_AXES = ("data", "expert", "tensor")
 # How `tensor` is seen where it has more devices than there are KV heads.
@@ -72,6 +77,7 @@ RULES: Mapping[str, Axes | None] = MappingProxyType(
         "router": None,
         "batch": BATCH,
         "pages": BATCH,
+        "devices": MESH_AXES,
         "whole": None,
     }
 )
@@ -240,17 +246,57 @@ def local_size(name: str, size: int) -> int:
     return size if rule is None else size // axis_size(rule)
 
 
+# This device's row of a `peer_table`, while a pass that uses it is traced.
+_PEERS: ContextVar[UInt32[Array, "1 W"] | None] = ContextVar("_PEERS", default=None)
+
+
 def all_reduce(x: Array, axes: Axes) -> Array:
     """The sum over the devices along `axes`, on each of them.
 
-    On GPUs of one host that NVLink joins, XLA computes it with kernels of its own that read the other GPUs' memory, in
-    one step for 16 rows of 6,144 in bfloat16, in two for 64, and with NCCL for 1,024. On 4 H200 they take 2 to 4 us
-    less than NCCL's 21 to 27 for one and four rows, and no less from 16 on (`benchmarks/over_meshes.py`). NCCL inside
-    command buffers (`--xla_gpu_enable_command_buffer=+COLLECTIVES`) takes twice as long. A Pallas kernel with remote
-    references was not tried: jaxlib's runtime lets the devices exchange addresses at each execution of such a kernel.
+    Inside `sums_over_peers`, a small sum over `tensor` is a kernel that writes to the other GPUs' memory. Everything
+    else is left to XLA: for few rows kernels of its own that read the other GPUs' memory, for 1,024 NCCL. On 4 H200, a
+    link of a chain of sums of 1 to 64 rows of 6,144 in bfloat16, with 3 to 6 us of elementwise operations in it, takes
+    14 to 16 us by the kernel, 15 to 23 by XLA's and 17 to 25 by NCCL (`benchmarks/over_meshes.py`). NCCL inside command
+    buffers (`--xla_gpu_enable_command_buffer=+COLLECTIVES`) takes twice as long.
     """
     cut = _cut_along(axes)
-    return jax.lax.psum(x, cut) if cut else x
+    if not cut:
+        return x
+    table = _PEERS.get()
+    if table is not None and cut == _cut_along("tensor"):
+        return reduce_over_peers(x, cut, table)
+    return jax.lax.psum(x, cut)
+
+
+@contextlib.contextmanager
+def sums_over_peers(table: UInt32[Array, "1 W"] | None) -> Iterator[None]:
+    """Lets the sums over `tensor` inside go through the memory that `peer_table`'s row tells of; None changes nothing.
+
+    Each of them must depend on the result of the one before, as those of a decode step do: see
+    `pallas_kernels.all_reduce`.
+    """
+    token = _PEERS.set(table)
+    try:
+        yield
+    finally:
+        _PEERS.reset(token)
+
+
+def peer_table(mesh: Mesh | AbstractMesh | None) -> UInt32[Array, "N W"] | None:
+    """What programs over this mesh take for `sums_over_peers`, cut along "devices"; the same array at every call.
+
+    None where `tensor` has one device, or its devices are not Hopper GPUs of this process with access to each other's
+    memory. As an argument of programs it keeps addresses out of them: what is compiled can be cached over processes.
+    """
+    workspace = _workspace(mesh) if isinstance(mesh, Mesh) else None
+    return None if workspace is None else workspace.table
+
+
+@functools.cache
+def _workspace(mesh: Mesh) -> Workspace | None:
+    """Lives as long as the process, for any call may still use its addresses: 9 MB a GPU on 4 GPUs, 17 on 8."""
+    axes = tuple(axis for axis in _mesh_axes("tensor", mesh.axis_names) if mesh.shape[axis] > 1)
+    return make_workspace(mesh, axes) if axes and why_no_workspace(mesh, axes) is None else None
 
 
 def all_gather(x: Array, axes: Axes, dim: int) -> Array:

@@ -1,10 +1,12 @@
 """The operations of MiniMax-M3 that have kernels of their own in JAX.
 
 Paged block-sparse attention (choose blocks of keys, attend to them) over flat token rows and paged caches, dense
-attention at decode, norm, rotation and cache write in one, and the grouped matmuls of a mixture of experts. Each has
-one public function and any number of implementations behind it (see `pallas_kernels.dispatch`).
+attention at decode, norm, rotation and cache write in one, the grouped matmuls of a mixture of experts, and the small
+sums over devices of a decode step. Each has one public function and any number of implementations behind it (see
+`pallas_kernels.dispatch`).
 """
 
+from pallas_kernels.all_reduce import all_reduce
 from pallas_kernels.grouped_matmul import grouped_matmul, grouped_swiglu
 from pallas_kernels.index_topk import (
     index_score_decode,
@@ -18,6 +20,7 @@ from pallas_kernels.sparse_attention import sparse_attention_decode, sparse_atte
 
 __all__ = [
     "Heads",
+    "all_reduce",
     "grouped_matmul",
     "grouped_swiglu",
     "index_score_decode",

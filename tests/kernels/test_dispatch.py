@@ -6,13 +6,14 @@ import types
 
 import pytest
 
+from pallas_kernels.all_reduce.api import OPERATIONS as SUM
 from pallas_kernels.dispatch import Implementation, Operation
 from pallas_kernels.index_topk.api import OPERATIONS as INDEX
 from pallas_kernels.norm_rope_cache.api import OPERATIONS as NORM_ROPE
 from pallas_kernels.paged_attention.api import OPERATIONS as PAGED
 from pallas_kernels.sparse_attention.api import OPERATIONS as ATTENTION
 
-ALL = {**INDEX, **ATTENTION, **PAGED, **NORM_ROPE}
+ALL = {**SUM, **INDEX, **ATTENTION, **PAGED, **NORM_ROPE}
 
 
 @pytest.fixture
