@@ -186,13 +186,14 @@ def meshes_table(record: dict[str, Any]) -> str:
         shown = " | ".join(f"{times[v]:.1f}" if v in times else "" for v in ("nccl", "xla", "pallas"))
         lines.append(f"| {devices} GPUs, {dtype} | {rows} | {shown} |")
     environment = meshes[0]["environment"]
+    dates = " and ".join(sorted({mesh["environment"]["date"] for mesh in meshes}))
     commands = " and ".join(dict.fromkeys(f"`{mesh['environment']['command']}`" for mesh in meshes))
     return "\n".join(
         [
             *lines,
             "",
             f"Microseconds on {environment['devices']} {environment['device']}, bf16, random weights, "
-            f"{environment['date']}, jax {environment['versions']['jax']}, {commands}. A step has embedding, the first "
+            f"{dates}, jax {environment['versions']['jax']}, {commands}. A step has embedding, the first "
             "layers of the model (three dense, the others sparse), head and greedy choice; calls follow one another. "
             "The all-reduces are of rows of 6,144 in a chain, less the chain without them.",
         ]
