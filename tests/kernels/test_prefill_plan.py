@@ -1,0 +1,61 @@
+"""The plan of a prefill call's attention: every pair once, beside pairs of its own page, and nothing else."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.sparse_attention.mosaic_gpu_plan import LIMIT_BITS, TILE_PAIRS, Items, plan
+
+PAGE = 128
+
+
+@pytest.mark.parametrize(
+    ("sequences", "width", "num_pages"),
+    [
+        pytest.param(3, 9, 40, id="by block"),
+        pytest.param(3, 9, 20, id="by page"),
+        # More keys than are summed up by comparing each with each.
+        pytest.param(4, 400, 1700, id="2,048 keys and more"),
+        # More than 16 bits of them.
+        pytest.param(5, 9000, 50_000, id="65,536 keys and more"),
+    ],
+)
+def test_plan(sequences: int, width: int, num_pages: int) -> None:
+    rng = np.random.default_rng(width)
+    rows, heads, top_k = 50, 2, 4
+    sequence = np.sort(rng.integers(0, sequences, rows)).astype(np.int32)
+    position = rng.integers(-1, width * PAGE, rows).astype(np.int32)
+    position[rng.random(rows) < 0.2] = -1
+    table = rng.integers(0, num_pages, (sequences, width)).astype(np.int32)
+    block_ids = np.full((rows, heads, top_k), -1, np.int32)
+    for row, head in np.ndindex(rows, heads):
+        count = rng.integers(0, top_k + 1)
+        # Blocks behind the row's own among them, holes anywhere, and one that most rows chose.
+        some = [0, *(1 + rng.choice(width - 1, top_k - 1, replace=False))][:count]
+        block_ids[row, head, rng.permutation(top_k)[:count]] = some
+    by_block = table.size <= num_pages
+    tail = rng.integers(-1, sequences, table.size if by_block else num_pages).astype(np.int32)
+    pages = table.reshape(-1) if by_block else np.arange(num_pages, dtype=np.int32)
+    items = Items(by_block, jnp.asarray(pages), jnp.asarray(tail))
+
+    found = plan(jnp.asarray(block_ids), jnp.asarray(sequence), jnp.asarray(position), jnp.asarray(table), items)
+
+    words, tile_run, places = (np.asarray(x) for x in (found.words, found.tile_run, found.places))
+    runs = [np.asarray(x) for x in (found.run_head, found.run_page, found.run_tail)]
+    assert np.array_equal(np.flatnonzero(words >= 0), np.sort(places[places >= 0]))
+    assert (words[found.num_tiles[0] * TILE_PAIRS :] < 0).all()
+    for pair, place in enumerate(places):
+        row, head, slot = np.unravel_index(pair, block_ids.shape)
+        block = block_ids[row, head, slot]
+        own = position[row] // PAGE if position[row] >= 0 else -1
+        assert (place >= 0) == (0 <= block <= own)
+        if place < 0:
+            continue
+        assert words[place] >> LIMIT_BITS == pair
+        assert words[place] & ((1 << LIMIT_BITS) - 1) == min(position[row] - block * PAGE, PAGE - 1)
+        item = sequence[row] * width + block if by_block else table[sequence[row], block]
+        run = tile_run[place // TILE_PAIRS]
+        assert [x[run] for x in runs] == [head, pages[item], tail[item]]
+    # One run for each page of a head, and no more tiles than their pairs fill.
+    met = [tile_run[place // TILE_PAIRS] for place in places if place >= 0]
+    assert found.num_tiles[0] == sum(-(-met.count(run) // TILE_PAIRS) for run in set(met))
