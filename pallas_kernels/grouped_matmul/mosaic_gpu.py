@@ -33,14 +33,36 @@ def _swiglu_supported(rows, gate_up, _group_sizes, *, alpha, limit, beta) -> str
     return _why_not(rows, "of the activation", gate_up.shape[2], _WIDTH)
 
 
+def _matmul(rows, weights, group_sizes, *, config=None, interpret=None):
+    config = config or _config("grouped_matmul", rows, weights)
+    return _jitted_matmul(rows, weights, group_sizes, config=config, interpret=interpret)
+
+
+def _swiglu(rows, gate_up, group_sizes, *, alpha, limit, beta, config=None, interpret=None):
+    constants = {"alpha": alpha, "limit": limit, "beta": beta}
+    config = config or _config("grouped_swiglu", rows, gate_up)
+    return _jitted_swiglu(rows, gate_up, group_sizes, **constants, config=config, interpret=interpret)
+
+
+def _config(name, rows, weights):
+    """Outside of what is jitted, which would keep the configuration that it was traced with first."""
+    from pallas_kernels.grouped_matmul import mosaic_gpu_multiply as multiplying
+
+    num_rows = rows.shape[0]
+    num_groups, *channels, depth = weights.shape
+    sizes = {"channels": math.prod(channels), "depth": depth}
+    heuristic = multiplying.TuningConfig.heuristic(num_rows, num_groups, **sizes)
+    return tuned.config(name, heuristic, rows=max(1, num_rows), groups=num_groups, **sizes).fitted(depth)
+
+
 # Jitted, so that a model's layers have one lowering in common.
 @functools.partial(jax.jit, static_argnames=("config", "interpret"))
-def _matmul(rows, weights, group_sizes, *, config=None, interpret=None):
+def _jitted_matmul(rows, weights, group_sizes, *, config, interpret):
     return _multiply(rows, weights, group_sizes, None, config, interpret)
 
 
 @functools.partial(jax.jit, static_argnames=("alpha", "limit", "beta", "config", "interpret"))
-def _swiglu(rows, gate_up, group_sizes, *, alpha, limit, beta, config=None, interpret=None):
+def _jitted_swiglu(rows, gate_up, group_sizes, *, alpha, limit, beta, config, interpret):
     def activation(gate, up):
         gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
         return (up + beta) * (gate * jax.nn.sigmoid(alpha * gate))
@@ -52,12 +74,6 @@ def _multiply(rows, weights, group_sizes, activation, config, interpret):
     from pallas_kernels.grouped_matmul import mosaic_gpu_multiply as multiplying
 
     num_rows = rows.shape[0]
-    num_groups, *channels, depth = weights.shape
-    if config is None:
-        sizes = {"channels": math.prod(channels), "depth": depth}
-        heuristic = multiplying.TuningConfig.heuristic(num_rows, num_groups, **sizes)
-        name = "grouped_matmul" if activation is None else "grouped_swiglu"
-        config = tuned.config(name, heuristic, rows=max(1, num_rows), groups=num_groups, **sizes)
     # Copies into shared memory take tiles of as many rows, or all that there are.
     padding = -num_rows % planning.ALIGNMENT if num_rows > planning.ALIGNMENT else 0
     if padding:

@@ -14,7 +14,7 @@ channels. With two tiles a unit the CTAs of a cluster share the weights: each br
 import functools
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import jax
@@ -83,6 +83,13 @@ class TuningConfig:
         if average <= 64:
             return cls(widths=(16, 32, 64, 96, 128), warpgroups=2, stages=4, ctas=_SMS)
         return cls(widths=(16, 64, 96, 112, 128, 136, 144, 160), warpgroups=2, stages=4, ctas=_SMS, tiles=2)
+
+    def fitted(self, depth: int) -> "TuningConfig":
+        """With no more parts than divide these contracted channels: what was tuned serves a bucket of sizes."""
+        parts = self.parts
+        while depth // DEPTH % parts:
+            parts -= 1
+        return replace(self, parts=parts)
 
     @property
     def chunk(self) -> int:

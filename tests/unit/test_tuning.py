@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import hopper, tuned, tuning
+from pallas_kernels.grouped_matmul import mosaic_gpu as grouped_matmul
 from pallas_kernels.index_topk import mosaic_gpu as index_topk
 from pallas_kernels.sparse_attention import mosaic_gpu as sparse_attention
 from pallas_kernels.tuned import Measured, bucket_of
@@ -146,7 +147,6 @@ def test_the_fastest_candidate_is_found(monkeypatch: pytest.MonkeyPatch) -> None
     assert tuning.tune(problem, known) == []
 
 
-@functools.cache
 def asked_by_kernels() -> dict[str, Any]:
     """Every kernel that asks for a configuration, with its heuristic: the operations are traced, not compiled."""
     asked: dict[str, Any] = {}
@@ -164,12 +164,19 @@ def asked_by_kernels() -> dict[str, Any]:
                 run = functools.partial(getattr(module, problem.operation).run, **options)
                 lengths = 3 if kind == "prefill" else 1
                 jax.eval_shape(lambda *a: run(*a[1:-lengths], a[0][0], *a[-lengths:]), *args)  # noqa: B023
+        rows, group_sizes = jnp.zeros((8, 128), jnp.bfloat16), jnp.full(2, 4, jnp.int32)
+        run = functools.partial(grouped_matmul.grouped_swiglu.run, alpha=1.7, limit=7.0, beta=1.0)
+        jax.eval_shape(run, rows, jnp.zeros((2, 2, 128, 128), jnp.bfloat16), group_sizes)
+        run = functools.partial(grouped_matmul.grouped_matmul.run)
+        jax.eval_shape(run, rows, jnp.zeros((2, 256, 128), jnp.bfloat16), group_sizes)
     return asked
 
 
 def test_every_kernel_asks_and_has_candidates() -> None:
     asked = asked_by_kernels()
-    assert {"score_decode", "choose_pieces", "attend_decode"} <= asked.keys()
+    assert {"score_decode", "choose_pieces", "attend_decode", "grouped_matmul", "grouped_swiglu"} <= asked.keys()
+    # Each time that they are traced: else the first configuration would be measured under the name of another.
+    assert asked_by_kernels() == asked
     for config in asked.values():
         assert len(tuning.candidates(config)) > 1
         assert dataclasses.is_dataclass(config)
