@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import signal
 import socket
+import string
 import subprocess
 import sys
 import time
@@ -110,10 +112,14 @@ def test_the_tokens_of_one_process(checkpoint: Path, started: list[Process]) -> 
         assert generated == expected.tokens
 
 
-def first_own_character(output: IO[str]) -> str:
-    """What follows the lines in which JAX's CPU collectives (Gloo) announce their connections."""
-    while (character := output.read(1)) == "[":
-        output.readline()
+def first_own_character(output: IO[str], among: str) -> str:
+    """What follows the lines in which JAX's CPU collectives (Gloo) announce their connections; "" if nothing does.
+
+    Two devices' threads write theirs at once, piece by piece: a line may begin with any piece.
+    """
+    while (character := output.read(1)) and character not in among:
+        if character != "\n":
+            output.readline()
     return character
 
 
@@ -133,7 +139,7 @@ def test_the_command_prints_once_and_a_death_ends_it(checkpoint: Path, started: 
     start_commands(started, checkpoint, tmp_path, "--max-new-tokens", "60000")
     output = started[0].stdout
     assert output is not None
-    assert first_own_character(output).isdigit()
+    assert first_own_character(output, string.digits)
     started[1].kill()
     killed = time.monotonic()
     _, errors = started[0].communicate(timeout=60)
@@ -142,7 +148,9 @@ def test_the_command_prints_once_and_a_death_ends_it(checkpoint: Path, started: 
     lines = [line for line in errors.splitlines() if line.startswith("m3-generate: error: ")]
     assert len(lines) == 1, errors
     assert "Connection closed by peer" in lines[0] or "Connection reset by peer" in lines[0]
-    assert all(line.startswith("[Gloo]") for line in started[1].communicate()[0].splitlines())
+    # An announcement has three numbers, and process 1 prints nothing else.
+    printed = started[1].communicate()[0]
+    assert len(re.findall(r"\d+", printed)) <= 3 * printed.count("[Gloo]"), printed
 
 
 HANG = """
@@ -167,7 +175,7 @@ def test_a_process_that_hangs_ends_the_other(started: list[Process]) -> None:
         start(started, sys.executable, "-c", HANG, str(process), str(port))
     output = started[0].stdout
     assert output is not None
-    assert first_own_character(output) == "t"
+    assert first_own_character(output, "t")
     begin = time.monotonic()
     _, errors = started[0].communicate(timeout=60)
     assert time.monotonic() - begin < 60
