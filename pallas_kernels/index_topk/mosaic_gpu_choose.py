@@ -23,6 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import PAGE_SIZE, round_up
 from pallas_kernels.index_topk import keys
+from pallas_kernels.index_topk.mosaic_gpu_lists import nothing
 from pallas_kernels.index_topk.shares import Shares
 
 # A warpgroup owns four columns, and each of its warps one of them.
@@ -161,7 +162,7 @@ def _key(scores, block, own, choice: Choice):
 
 
 def _nothing(tiles: int):
-    return tuple(jnp.full((tiles * _LANES, _COLUMNS), value, jnp.int32) for value in (keys.INVISIBLE, -1))
+    return nothing(tiles * _LANES, _COLUMNS)
 
 
 def _exchanged(earlier, later):
@@ -218,7 +219,7 @@ def _take(best, top_k: int, emit, state=None):
         even, odd = best
         rest = _nothing(1)
         if half > 1:
-            rest = tuple(jnp.concatenate([_tiles(x, 1, half), nothing]) for x, nothing in zip(even, rest, strict=True))
+            rest = tuple(jnp.concatenate([_tiles(x, 1, half), no]) for x, no in zip(even, rest, strict=True))
         return (odd, rest) if odd else (rest, ())
 
     def step(j, carry):

@@ -22,7 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import DIM, PAGE_SIZE
 from pallas_kernels.index_topk import keys
-from pallas_kernels.index_topk.mosaic_gpu_lists import insert
+from pallas_kernels.index_topk.mosaic_gpu_lists import insert, nothing
 from pallas_kernels.index_topk.mosaic_gpu_score_prefill import ALIGNMENT, WIDTH
 from pallas_kernels.index_topk.shares import Shares
 
@@ -129,11 +129,6 @@ def _cta_of(unit, total, ctas: int):
     one_more = more * (each + 1)
     late = more + lax.div(unit - one_more, jnp.maximum(each, 1))
     return jnp.where(unit < one_more, lax.div(unit, each + 1), late)
-
-
-def _nothing(*shape: int):
-    """Keys and numbers of lists without a block."""
-    return tuple(jnp.full(shape, value, jnp.int32) for value in (keys.INVISIBLE, -1))
 
 
 @functools.partial(jax.jit, static_argnames=("choice", "config", "interpret"))
@@ -311,7 +306,7 @@ def _choose_pieces(
                     key = jnp.where(own - block >= 0, key, jnp.int32(keys.INVISIBLE))
                     return insert(best, key, block)
 
-                found = lax.fori_loop(0, count, step, _nothing(top_k * _ROWS))
+                found = lax.fori_loop(0, count, step, nothing(top_k * _ROWS))
                 plgpu.barrier_arrive(q_free.at[q_slot])
 
                 def write(j, found):
@@ -418,7 +413,7 @@ def _merge_pieces(pieces, ends, *, choice: Choice, config: TuningConfig, interpr
             halves = (plgpu.layout_cast(some_keys, _LAYOUT), numbers), others
             return lax.fori_loop(first + 1, last + 1, merge, (halves, following))[0]
 
-        halves = lax.cond(end > start, merge_all, lambda: (_nothing(*entries[1:], _ROWS),) * 2)
+        halves = lax.cond(end > start, merge_all, lambda: (nothing(*entries[1:], _ROWS),) * 2)
         for half, values in enumerate(halves):
             for part, value in enumerate(values if choice.with_keys else values[1:]):
                 out_gmem.at[(window, part, half, *every, columns)][...] = value

@@ -5,6 +5,13 @@ Each operation is one on whole lists, since the time that a kernel's compilation
 
 import jax.numpy as jnp
 
+from pallas_kernels.index_topk import keys
+
+
+def nothing(*shape: int):
+    """Keys and numbers of lists without a block."""
+    return tuple(jnp.full(shape, value, jnp.int32) for value in (keys.INVISIBLE, -1))
+
 
 def insert(best, key, number):
     """Lists (keys, numbers) i32[length * n] with one more entry, cut to their length; of equal keys the older is ahead.

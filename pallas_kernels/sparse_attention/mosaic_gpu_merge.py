@@ -55,7 +55,7 @@ def merge_prefill(
     config: TuningConfig,
     interpret: Any,
 ):
-    """Write the results of `units` units, from what the passes left, into a Ref of the whole call's.
+    """Write the results of `units` units, from what `attend_prefill` returns, into a Ref of the whole call's.
 
     places: i32[units * C], the place of each slot's partial result, 4 to a tile; -1 where a slot was not used.
     first_unit: i32[1], of `out` [T * K, G, H]. So no call has to be put together from its parts: a copy of it all.
@@ -110,7 +110,7 @@ def merge_prefill(
         def load_stats(slot):
             """For each unit both statistics of a whole tile's rows, shifted so that the unit's own are in their place.
 
-            Copies of a unit's 16 rows alone would be too many for the copy engine.
+            The copy engine refuses a unit's 16 rows alone, as misaligned.
             """
 
             def rows(place, unit):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.index_topk import keys
-from pallas_kernels.index_topk.mosaic_gpu_lists import insert
+from pallas_kernels.index_topk.mosaic_gpu_lists import insert, nothing
 
 COLUMNS = 200
 
@@ -21,11 +21,11 @@ def best(key: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
 def test_insert(length: int, count: int):
     """Few different keys into lists that are full of nothing."""
     key = np.random.default_rng(length).integers(-3, 4, (count, COLUMNS)).astype(np.int32)
-    found = tuple(jnp.full((length * COLUMNS,), value, jnp.int32) for value in (keys.INVISIBLE, -1))
+    found = nothing(length * COLUMNS)
     for number in range(count):
         found = insert(found, jnp.asarray(key[number]), number)
     filled = min(length, count)
-    for got, wanted, nothing in zip(found, best(key, length), (keys.INVISIBLE, -1), strict=True):
+    for got, wanted, rest in zip(found, best(key, length), (keys.INVISIBLE, -1), strict=True):
         got = np.asarray(got).reshape(length, COLUMNS)
         np.testing.assert_array_equal(got[:filled], wanted)
-        assert (got[filled:] == nothing).all()
+        assert (got[filled:] == rest).all()
