@@ -63,7 +63,7 @@ def _prefill(
     context_lens,
     *,
     scale,
-    ctas=None,
+    config=None,
     pairs=_PAIRS,
     interpret=None,
 ):
@@ -81,13 +81,16 @@ def _prefill(
         q = q.reshape(num_rows, kv_heads * hopper.GROUP, hopper.DIM)
     rows = prefill_rows(num_rows, cu_seqlens, seq_lens, context_lens)
     items, tails = planning.items_of(v, block_table, seq_lens)
-    config = attending.TuningConfig() if ctas is None else attending.TuningConfig(ctas)
     at_a_time = pairs // (kv_heads * top_k)
+    if config is None:
+        heuristic = attending.TuningConfig.heuristic(top_k, items.page.shape[0])
+        config = tuned.config("attend_prefill", heuristic, rows=min(num_rows, at_a_time), items=items.page.shape[0])
     out = jax.new_ref(lax.empty((num_rows * kv_heads, hopper.GROUP, hopper.DIM), q.dtype))
     for first in range(0, num_rows, at_a_time):
         end = min(first + at_a_time, num_rows)
         window = slice(first, end)
-        plan = planning.plan(block_ids[window], rows.sequence[window], rows.position[window], block_table, items)
+        of_rows = (block_ids[window], rows.sequence[window], rows.position[window])
+        plan = planning.plan(*of_rows, block_table, items, window=config.window)
         partials, stats = attending.attend_prefill(
             q,
             k,

@@ -83,11 +83,16 @@ def plan(
     position: Int32[Array, " T"],
     block_table: Int32[Array, "B M"],
     items: Items,
+    *,
+    window: int,
 ) -> Plan:
-    """Sort the pairs of some rows by (KV head, item) and cut each item's into tiles. T * K * C is below 2**24."""
-    kv_heads = block_ids.shape[1]
-    num_items = items.page.shape[0]
-    num_pairs, num_keys = block_ids.size, kv_heads * num_items
+    """Sort the pairs of some rows by (KV head, window, item) and cut each item's into tiles.
+
+    window: rows whose queries come again and again while a window's pairs are worked at. T * K * C is below 2**24.
+    """
+    num_rows, kv_heads, _ = block_ids.shape
+    num_items, num_windows = items.page.shape[0], -(-num_rows // window)
+    num_pairs, num_keys = block_ids.size, kv_heads * num_windows * num_items
     num_runs = min(num_pairs, num_keys)
     max_tiles = (num_pairs + (TILE_PAIRS - 1) * num_runs) // TILE_PAIRS
 
@@ -99,7 +104,8 @@ def plan(
     else:
         item = jnp.clip(block_table[sequence[:, None, None], block], 0, num_items - 1)
     head = jnp.arange(kv_heads, dtype=jnp.int32)[:, None]
-    key = jnp.where(used, head * num_items + item, num_keys).reshape(-1)
+    row_window = (jnp.arange(num_rows, dtype=jnp.int32) // window)[:, None, None]
+    key = jnp.where(used, (head * num_windows + row_window) * num_items + item, num_keys).reshape(-1)
     limit = jnp.minimum(position[:, None, None] - block * PAGE_SIZE, PAGE_SIZE - 1).reshape(-1)
 
     key, pair = _sort(key, num_keys)
@@ -133,7 +139,7 @@ def plan(
     return Plan(
         words=words,
         tile_run=tile_run,
-        run_head=key_of_run // num_items,
+        run_head=key_of_run // (num_windows * num_items),
         run_page=items.page[item_of_run],
         run_tail=items.tail[item_of_run],
         num_tiles=ends[-1:],

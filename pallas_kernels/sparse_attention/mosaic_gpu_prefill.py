@@ -1,9 +1,10 @@
 """Block-sparse attention of a prefill call on Hopper, pages outermost.
 
-Each CTA walks over an equal share of a plan's tiles. The page of a run is brought once, into a ring of two, by
-one warp; the queries of each tile by another. Three warpgroups take the tiles in turn: 4 pairs of 16 query
-heads are the 64 rows of a wgmma. Every pair leaves its normalised partial result and the maximum and sum of its
-softmax, to be merged afterwards.
+The CTAs take the chunks of a plan's tiles in turn, so that all of them are at about the same place of the plan at any
+time: within one window, whose queries come again and again, out of the L2 cache. The page of a run is brought once for
+a chunk, into a ring of two, by one warp; the queries of each tile by another. Three warpgroups take the tiles in turn:
+4 pairs of 16 query heads are the 64 rows of a wgmma. Every pair leaves its normalised partial result and the maximum
+and sum of its softmax, to be merged afterwards.
 """
 
 # jax does not export every name of Mosaic GPU, and calls its transforms abstract.
@@ -12,7 +13,7 @@ softmax, to be merged afterwards.
 import functools
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -33,13 +34,29 @@ _PAGES, _TILES = 2, 2
 
 @dataclass(frozen=True)
 class TuningConfig:
-    """ctas: one for each SM."""
+    """window: rows of a plan's window. chunk: tiles that a CTA takes at a time. ctas: one for each SM."""
 
+    CANDIDATES: ClassVar = {"window": (1024, 2048, 4096, 8192), "chunk": (12, 24, 48)}
+
+    window: int = 2048
+    chunk: int = 24
     ctas: int = 132
 
     def __post_init__(self) -> None:
         if self.ctas < 1:
             raise ValueError(f"ctas={self.ctas} must be at least 1")
+        if self.chunk < _WARPGROUPS or self.chunk % _WARPGROUPS:
+            raise ValueError(f"chunk={self.chunk} must be a multiple of {_WARPGROUPS}")
+        if self.window < 1:
+            raise ValueError(f"window={self.window} must be at least 1")
+
+    @classmethod
+    def heuristic(cls, top_k: int, num_items: int) -> "TuningConfig":
+        """Windows as small as leaves an item, of so many that pairs may meet at, some full tiles."""
+        window = 2048
+        while window < 8192 and window * top_k < 64 * num_items:
+            window *= 2
+        return cls(window)
 
 
 @functools.partial(jax.jit, static_argnames=("first_token", "top_k", "scale", "config", "interpret"))
@@ -64,7 +81,7 @@ def attend_prefill(
     to no pair of the plan holds anything.
     """
     kv_heads = k.shape[1]
-    max_tiles, max_runs = plan.tile_run.shape[0], plan.run_page.shape[0]
+    max_tiles = plan.tile_run.shape[0]
     factor = scale * math.log2(math.e)
     dtype = q.dtype
 
@@ -95,19 +112,35 @@ def attend_prefill(
     ):
         wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
         num_tiles = num_tiles_gmem[0]
-        share = lax.div(num_tiles + (config.ctas - 1), jnp.int32(config.ctas))
-        first = jnp.minimum(cta * share, num_tiles)
-        end = jnp.minimum(first + share, num_tiles)
-        first_run = tile_run_gmem[jnp.minimum(first, max_tiles - 1)]
-        last_run = tile_run_gmem[jnp.maximum(end - 1, 0)]
-        num_runs = jnp.where(end > first, last_run - first_run + 1, 0)
+        # Rounds in which every CTA takes a chunk, and equal shares of what is left.
+        round_size = jnp.int32(config.ctas * config.chunk)
+        rounds, rest = lax.div(num_tiles, round_size), lax.rem(num_tiles, round_size)
+        share = lax.div(rest + (config.ctas - 1), jnp.int32(config.ctas))
+        count = rounds * config.chunk + jnp.clip(rest - cta * share, 0, share)
+        num_chunks = lax.div(count + (config.chunk - 1), jnp.int32(config.chunk))
+
+        def tile_of(i):
+            """The number of the CTA's tile i; of one behind the last, too, there is one."""
+            chunk, within = lax.div(i, jnp.int32(config.chunk)), lax.rem(i, jnp.int32(config.chunk))
+            first = chunk * round_size + cta * jnp.where(chunk < rounds, config.chunk, share)
+            return jnp.clip(first + within, 0, max_tiles - 1)
+
+        def runs_of(chunk):
+            """The first and the last run of the CTA's chunk, and 0 and -1 of one behind the last."""
+            first = jnp.minimum(chunk * config.chunk, count)
+            end = jnp.minimum(first + config.chunk, count)
+            first_run, last_run = tile_run_gmem[tile_of(first)], tile_run_gmem[tile_of(end - 1)]
+            return jnp.where(end > first, first_run, 0), jnp.where(end > first, last_run, -1)
+
+        def words_of(tile):
+            return tuple(words_gmem[tile * TILE_PAIRS + r] for r in range(TILE_PAIRS))
 
         def produce_queries():
-            def step(i, _):
+            def step(i, words):
                 consumer = lax.rem(i, jnp.int32(_WARPGROUPS))
                 turn = lax.div(i, jnp.int32(_WARPGROUPS))
                 slot = lax.rem(turn, jnp.int32(_TILES))
-                words = [words_gmem[(first + i) * TILE_PAIRS + r] for r in range(TILE_PAIRS)]
+                following = words_of(tile_of(i + 1))
 
                 @pl.when(turn >= _TILES)
                 def _():
@@ -118,22 +151,22 @@ def attend_prefill(
                     unit = lax.div(pair, jnp.int32(top_k)) + first_token * kv_heads
                     where = q_smem.at[consumer, slot, pl.ds(r * GROUP, GROUP)]
                     plgpu.copy_gmem_to_smem(q_gmem.at[unit], where, q_barrier.at[consumer * _TILES + slot])
+                return following
 
-            lax.fori_loop(0, end - first, step, None)
+            lax.fori_loop(0, count, step, words_of(tile_of(jnp.int32(0))))
 
         def produce_pages():
-            def step(i, _):
-                run = jnp.minimum(first_run + i, max_runs - 1)
+            def visit(number, run):
                 head, page, tail = run_head_gmem[run], run_page_gmem[run], run_tail_gmem[run]
-                slot = lax.rem(i, jnp.int32(_PAGES))
+                slot = lax.rem(number, jnp.int32(_PAGES))
 
-                @pl.when(i >= _PAGES)
+                @pl.when(number >= _PAGES)
                 def _():
                     plgpu.barrier_wait(k_free.at[slot])
 
                 plgpu.copy_gmem_to_smem(k_gmem.at[page, head], k_smem.at[slot], k_barrier.at[slot])
 
-                @pl.when(i >= _PAGES)
+                @pl.when(number >= _PAGES)
                 def _():
                     plgpu.barrier_wait(v_free.at[slot])
 
@@ -145,15 +178,22 @@ def attend_prefill(
                 def _():
                     plgpu.copy_gmem_to_smem(tails_gmem.at[tail, head], v_smem.at[slot], v_barrier.at[slot])
 
-            lax.fori_loop(0, num_runs, step, None)
+            def step(chunk, carry):
+                visits, (first_run, last_run) = carry
+                following = runs_of(chunk + 1)
+                num_runs = last_run - first_run + 1
+                lax.fori_loop(0, num_runs, lambda i, _: visit(visits + i, first_run + i), None)
+                return visits + num_runs, following
 
-            # Every completion of a barrier has to be awaited; the last run is never given back.
+            visits, _ = lax.fori_loop(0, num_chunks, step, (jnp.int32(0), runs_of(jnp.int32(0))))
+
+            # Every completion of a barrier has to be awaited; the last page is never given back.
             def drain(i, _):
                 slot = lax.rem(i, jnp.int32(_PAGES))
                 plgpu.barrier_wait(k_free.at[slot])
                 plgpu.barrier_wait(v_free.at[slot])
 
-            lax.fori_loop(jnp.maximum(num_runs - _PAGES, 0), num_runs - 1, drain, None)
+            lax.fori_loop(jnp.maximum(visits - _PAGES, 0), visits - 1, drain, None)
 
         @pl.when(wg == _WARPGROUPS)
         def _produce():
@@ -168,12 +208,12 @@ def attend_prefill(
         @pl.when(wg < _WARPGROUPS)
         def _consume():
             plgpu.set_max_registers(152, action="increase")
-            count = jnp.maximum(lax.div(end - first - wg + (_WARPGROUPS - 1), jnp.int32(_WARPGROUPS)), 0)
+            own_count = jnp.maximum(lax.div(count - wg + (_WARPGROUPS - 1), jnp.int32(_WARPGROUPS)), 0)
 
             def describe(i):
-                tile = jnp.minimum(first + wg + i * _WARPGROUPS, max_tiles - 1)
-                words = tuple(words_gmem[tile * TILE_PAIRS + r] for r in range(TILE_PAIRS))
-                return (*words, tile_run_gmem[tile])
+                """The number of the warpgroup's tile i, its words, and its run."""
+                tile = tile_of(wg + i * _WARPGROUPS)
+                return tile, words_of(tile), tile_run_gmem[tile]
 
             def wait_page(i):
                 slot = lax.rem(i, jnp.int32(_PAGES))
@@ -186,19 +226,19 @@ def attend_prefill(
                 plgpu.barrier_arrive(v_free.at[slot])
                 wait_page(i + 1)
 
-            @pl.when(num_runs > 0)
+            @pl.when(count > 0)
             def _():
                 wait_page(jnp.int32(0))
 
-            def step(i, carry):
-                run, tile, next_tile = carry
-                words = tile[:TILE_PAIRS]
+            def step(i, carry, first_visit, first_run):
+                """Tile i, of a chunk whose first page is that visit and run."""
+                visit, (number, words, run), next_tile = carry
                 # Two tiles ahead: the words come from memory, one read after the other.
                 after_next = describe(i + 2)
                 slot = lax.rem(i, jnp.int32(_TILES))
-                this_run = tile[TILE_PAIRS] - first_run
-                lax.fori_loop(run, this_run, advance, None)
-                page = lax.rem(this_run, jnp.int32(_PAGES))
+                this_visit = first_visit + run - first_run
+                lax.fori_loop(visit, this_visit, advance, None)
+                page = lax.rem(this_visit, jnp.int32(_PAGES))
                 plgpu.barrier_wait(q_barrier.at[wg * _TILES + slot])
 
                 def multiply_k(acc):
@@ -210,7 +250,7 @@ def attend_prefill(
                 # and so are the statistics.
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-                @pl.when(jnp.logical_and(i >= 1, i + 1 < count))
+                @pl.when(jnp.logical_and(i >= 1, i + 1 < own_count))
                 def _():
                     plgpu.barrier_arrive(q_free.at[wg * _TILES + 1 - slot])
 
@@ -247,15 +287,24 @@ def attend_prefill(
                 stats_smem.at[wg, 0][...] = largest
                 stats_smem.at[wg, 1][...] = total
                 plgpu.commit_smem()
-                number = first + wg + i * _WARPGROUPS
                 plgpu.copy_smem_to_gmem(q_smem.at[wg, slot], out_gmem.at[number], commit_group=False)
                 # The tile's as one: apart, to where each pair is merged, they take 100 us of 8,192 tokens' 1,080.
                 plgpu.copy_smem_to_gmem(stats_smem.at[wg], stats_gmem.at[number + 1], commit_group=False)
                 plgpu.commit_smem_to_gmem_group()
-                return this_run, next_tile, after_next
+                return this_visit, next_tile, after_next
 
-            run, _, _ = lax.fori_loop(0, count, step, (jnp.int32(0), describe(0), describe(1)))
-            lax.fori_loop(run, num_runs - 1, advance, None)
+            def over_chunk(chunk, carry):
+                visits, (first_run, last_run), *tiles = carry
+                following = runs_of(chunk + 1)
+                first = chunk * (config.chunk // _WARPGROUPS)
+                end = jnp.minimum(first + config.chunk // _WARPGROUPS, own_count)
+                of_chunk = functools.partial(step, first_visit=visits, first_run=first_run)
+                tiles = lax.fori_loop(first, end, of_chunk, tuple(tiles))
+                return visits + last_run - first_run + 1, following, *tiles
+
+            start = (jnp.int32(0), runs_of(jnp.int32(0)), jnp.int32(0), describe(jnp.int32(0)), describe(jnp.int32(1)))
+            visits, _, visit, *_ = lax.fori_loop(0, num_chunks, over_chunk, start)
+            lax.fori_loop(visit, visits - 1, advance, None)
             plgpu.wait_smem_to_gmem(0)
 
     page = plgpu.SMEM((_PAGES, PAGE_SIZE, DIM), dtype, transforms=_TILE)

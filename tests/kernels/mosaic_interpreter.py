@@ -25,6 +25,7 @@ from pallas_kernels.norm_rope_cache import mosaic_gpu as norm_rope
 from pallas_kernels.paged_attention import mosaic_gpu as paged
 from pallas_kernels.sparse_attention import mosaic_gpu as attention
 from pallas_kernels.sparse_attention import mosaic_gpu_decode as attending
+from pallas_kernels.sparse_attention import mosaic_gpu_prefill as attending_prefill
 
 RACES = plgpu.InterpretGPUParams(detect_races=True)
 SIZES = Sizes(
@@ -137,9 +138,14 @@ def attention_prefill() -> None:
     batch = make_batch(CASE, decode=False)
     block_ids = batch.choice()
     args = batch.attention_args(block_ids)
-    # Two windows of rows, each merged into its part of the result.
-    attend = functools.partial(attention._prefill, scale=batch.scale, ctas=2, pairs=128, interpret=RACES)
-    check_attention(batch, jax.jit(attend)(*args), block_ids)
+    for config in (
+        # Windows of few rows, and chunks of which a CTA has several.
+        attending_prefill.TuningConfig(window=7, chunk=3, ctas=2),
+        attending_prefill.TuningConfig(window=16, chunk=6, ctas=3),
+    ):
+        # Several parts of the rows, each merged into its part of the result.
+        attend = functools.partial(attention._prefill, scale=batch.scale, config=config, pairs=128, interpret=RACES)
+        check_attention(batch, jax.jit(attend)(*args), block_ids)
 
 
 CHECKS = {

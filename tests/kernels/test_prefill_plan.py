@@ -9,6 +9,7 @@ from pallas_kernels.sparse_attention.mosaic_gpu_plan import LIMIT_BITS, TILE_PAI
 PAGE = 128
 
 
+@pytest.mark.parametrize("window", [1, 16, 64])
 @pytest.mark.parametrize(
     ("sequences", "width", "num_pages"),
     [
@@ -20,7 +21,7 @@ PAGE = 128
         pytest.param(5, 9000, 50_000, id="65,536 keys and more"),
     ],
 )
-def test_plan(sequences: int, width: int, num_pages: int) -> None:
+def test_plan(sequences: int, width: int, num_pages: int, window: int) -> None:
     rng = np.random.default_rng(width)
     rows, heads, top_k = 50, 2, 4
     sequence = np.sort(rng.integers(0, sequences, rows)).astype(np.int32)
@@ -38,7 +39,8 @@ def test_plan(sequences: int, width: int, num_pages: int) -> None:
     pages = table.reshape(-1) if by_block else np.arange(num_pages, dtype=np.int32)
     items = Items(by_block, jnp.asarray(pages), jnp.asarray(tail))
 
-    found = plan(jnp.asarray(block_ids), jnp.asarray(sequence), jnp.asarray(position), jnp.asarray(table), items)
+    rows_of = (jnp.asarray(block_ids), jnp.asarray(sequence), jnp.asarray(position))
+    found = plan(*rows_of, jnp.asarray(table), items, window=window)
 
     words, tile_run, places = (np.asarray(x) for x in (found.words, found.tile_run, found.places))
     runs = [np.asarray(x) for x in (found.run_head, found.run_page, found.run_tail)]
@@ -56,6 +58,6 @@ def test_plan(sequences: int, width: int, num_pages: int) -> None:
         item = sequence[row] * width + block if by_block else table[sequence[row], block]
         run = tile_run[place // TILE_PAIRS]
         assert [x[run] for x in runs] == [head, pages[item], tail[item]]
-    # One run for each page of a head, and no more tiles than their pairs fill.
+    # One run for each page of a head and a window, in order, and no more tiles than their pairs fill.
     met = [tile_run[place // TILE_PAIRS] for place in places if place >= 0]
     assert found.num_tiles[0] == sum(-(-met.count(run) // TILE_PAIRS) for run in set(met))
