@@ -12,6 +12,7 @@ from pallas_kernels.derivatives import with_derivative_of
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.index_topk import reference
 from pallas_kernels.index_topk.masks import live_candidates, live_choice, only_visible
+from pallas_kernels.index_topk.mosaic_gpu_tiles import blocks_up_to, windows
 from pallas_kernels.index_topk.shares import Shares, whole
 
 
@@ -120,27 +121,34 @@ def _choose_prefill(index_q, index_k, block_table, lengths, share, shares, *, co
 
     index_q, index_k = lax.stop_gradient((index_q, index_k))
     num_rows, num_heads, _ = index_q.shape
-    index_q, window = _windows(index_q, block_table, lengths)
+    index_q, sizes = _padded(index_q, block_table)
+    window = windows(*sizes, *lengths)
     num_windows = window.sequence.shape[0]
     if config is None:
         heuristic = choosing.TuningConfig()
         config = tuned.config("choose_pieces", heuristic, windows=num_windows, table_width=shares.width)
+    choice = choosing.Choice(shares, **options)
+    ends = blocks_up_to(num_windows, choice.local_blocks, choice.piece_units(config), *sizes[1:], *lengths)
     chosen = choosing.choose_prefill(
         index_q,
         index_k,
         block_table,
-        *window[:4],
+        *window[:3],
+        ends,
         share,
-        choice=choosing.Choice(shares, **options),
+        choice=choice,
         config=config,
         interpret=interpret,
     )
-    place, position = window.places[:num_rows], window.position[:num_rows]
     height = choosing.WIDTH // num_heads
     # A column of a window is a (token, head).
     by_token = chosen.reshape(*chosen.shape[:3], height, num_heads)
-    of_rows = by_token.at[place // height, :, :, place % height].get(mode="clip")
-    return jnp.moveaxis(of_rows, 3, 1), position
+    # Shifts and masks, and no case for negative numbers: every element of the result computes its place anew.
+    place = jnp.minimum(window.places[:num_rows], num_windows * height - 1)
+    of_rows = by_token.at[place >> (height.bit_length() - 1), :, :, place & (height - 1)].get(
+        mode="promise_in_bounds", wrap_negative_indices=False
+    )
+    return jnp.moveaxis(of_rows, 3, 1), window.position[:num_rows]
 
 
 def _score_prefill(index_q, index_k, block_table, cu_seqlens, seq_lens, context_lens, *, interpret=None):
@@ -148,7 +156,8 @@ def _score_prefill(index_q, index_k, block_table, cu_seqlens, seq_lens, context_
 
     table_width = block_table.shape[1]
     num_rows, num_heads, _ = index_q.shape
-    index_q, window = _windows(index_q, block_table, (cu_seqlens, seq_lens, context_lens))
+    index_q, sizes = _padded(index_q, block_table)
+    window = windows(*sizes, cu_seqlens, seq_lens, context_lens)
     num_windows = window.sequence.shape[0]
     heuristic = scoring.TuningConfig.heuristic(num_windows)
     config = tuned.config("score_prefill", heuristic, windows=num_windows, table_width=table_width)
@@ -158,17 +167,16 @@ def _score_prefill(index_q, index_k, block_table, cu_seqlens, seq_lens, context_
     return only_visible(scores, window.position[:num_rows, None, None], hopper.PAGE_SIZE)
 
 
-def _windows(index_q, block_table, lengths):
-    """Queries padded to whole windows, and the windows."""
+def _padded(index_q, block_table):
+    """Queries padded to whole windows, and what the windows are cut by."""
     from pallas_kernels.index_topk import mosaic_gpu_score_prefill as scoring
-    from pallas_kernels.index_topk.mosaic_gpu_tiles import windows
 
     num_rows, num_heads, _ = index_q.shape
     height, alignment = scoring.WIDTH // num_heads, scoring.ALIGNMENT // num_heads
     padded_rows = max(height, hopper.round_up(num_rows, alignment))
     if padded_rows > num_rows:
         index_q = jnp.pad(index_q, ((0, padded_rows - num_rows), (0, 0), (0, 0)))
-    return index_q, windows(padded_rows, height, alignment, hopper.PAGE_SIZE, block_table.shape[1], *lengths)
+    return index_q, (padded_rows, height, alignment, hopper.PAGE_SIZE, block_table.shape[1])
 
 
 index_score_prefill = Implementation(

@@ -1,11 +1,11 @@
-"""Choice of the best blocks of a decode call on Hopper: exact top-k of each column of scores, one warp a column.
+"""Choice of the best blocks of a decode call on Hopper: exact top-k of each column of scores, one warpgroup a column.
 
-A score becomes a key (`keys`). A warpgroup holds the blocks of a chunk for four columns, and each of its warps those
-of one, its lanes side by side along the blocks, so that a reduction is one instruction. Each lane sorts its few blocks
-into a list. Then, k times over: the largest of the first keys of the lists, the lowest block that has it, and that
-lane goes on to its next. What several warpgroups found goes through the same once more, in a list for each lane of what
-they found in the same place. So does what several CTAs found: up to 8 are a cluster, whose first one takes it from the
-others' shared memory, and more leave it to a second kernel.
+A score becomes a key (`keys`), and a block's rank breaks ties. A warp takes the best of its chunk of blocks: each lane
+sorts its few blocks into a list, and then, k times over: the largest of the first keys of the lists, the lowest block
+that has it, and that lane goes on to its next. Of few candidates, such as what the four warps have found, the place of
+each is the number of those that are better, all pairs at once. So it is with what several CTAs found: up to 8 are a
+cluster, whose first one takes it from the others' shared memory, and more leave it to a second kernel. A table of no
+more than 64 blocks begins there.
 """
 
 # jax does not export every name of Mosaic GPU, and calls its transforms abstract.
@@ -26,13 +26,16 @@ from pallas_kernels.index_topk import keys
 from pallas_kernels.index_topk.mosaic_gpu_lists import nothing
 from pallas_kernels.index_topk.shares import Shares
 
-# A warpgroup owns four columns, and each of its warps one of them.
-_COLUMNS = 4
-_LANES = 32
-_LARGEST_CHUNK, _MOST_WARPGROUPS = 512, 4
+_WARPS, _LANES = 4, 32
+_LARGEST_CHUNK = 256
+# Blocks of which all pairs are compared at once.
+_FEW = 64
 # CTAs of a cluster that any Hopper GPU can run.
 _MOST_CLUSTERED = 8
-_LAYOUT = plgpu.Layout.TILED(plgpu.Tiling(((_LANES, _COLUMNS), (1,))), (-2,), (-3,), -1)
+# [rows, warps]: rows over a warp's lanes, so that a reduction over them is one instruction.
+_LAYOUT = plgpu.Layout.TILED(plgpu.Tiling(((_LANES, _WARPS), (1,))), (-2,), (-3,), -1)
+# [candidates, candidates]: the former over the warps and 8 lanes, the latter over 4 lanes and 4 registers of each.
+_PAIRS = plgpu.Layout.TILED(plgpu.Tiling(((32, 16), (8, 4))), (-4,), (-2, -3), -1)
 
 
 @dataclass(frozen=True)
@@ -53,107 +56,84 @@ class Choice:
     shift: int = 0
     with_keys: bool = False
 
-    @property
-    def groups(self) -> int:
-        """Groups of four columns."""
-        return -(-self.num_columns // _COLUMNS)
-
     def out_type(self, slabs: int) -> jax.ShapeDtypeStruct:
         """What is chosen for the columns of all slabs."""
         inner = (2, self.top_k) if self.with_keys else (self.top_k,)
-        return jax.ShapeDtypeStruct((slabs, self.groups * _COLUMNS, *inner), jnp.int32)
+        return jax.ShapeDtypeStruct((slabs, self.num_columns, *inner), jnp.int32)
 
-    def write(self, out_gmem: Any, slab: Any, first_column: Any, j: Any, key: Any, block: Any) -> None:
-        """Write the j-th best of four columns, given its number in the table, which means nothing if invisible."""
-        block = jnp.where(key > jnp.int32(keys.INVISIBLE), block, jnp.int32(-1))
-        columns = pl.ds(first_column, _COLUMNS)
+    def write(self, out_gmem: Any, slab: Any, column: Any, key: Any, rank: Any, blocks: int, share: Any) -> None:
+        """Write the best of a column, keys and ranks i32[top_k], of a table of so many blocks."""
+        block = jnp.where(rank >= 0, self.shares.block((blocks - 1) - rank, share), jnp.int32(-1))
         if self.with_keys:
-            out_gmem[slab, columns, 0, j] = key
-            out_gmem[slab, columns, 1, j] = block
+            out_gmem[slab, column, 0] = key
+            out_gmem[slab, column, 1] = block
         else:
-            out_gmem[slab, columns, j] = block
+            out_gmem[slab, column] = block
 
 
 @dataclass(frozen=True)
 class TuningConfig:
-    """chunk: blocks of a warpgroup. warpgroups: of a CTA, each with its own chunk of the same four columns."""
+    """chunk: blocks of a warp, of which a CTA has four."""
 
-    CANDIDATES: ClassVar = {"chunk": (64, 128, 256), "warpgroups": (1, 4)}
+    CANDIDATES: ClassVar = {"chunk": (32, 64, 128, 256)}
 
-    # Several CTAs rather than warpgroups, which take turns in an SM: 3.7 us instead of 4.7 for 1,024 blocks of an H200.
     chunk: int = 256
-    warpgroups: int = 1
 
     def __post_init__(self) -> None:
-        if self.chunk % _LANES or not _LANES <= self.chunk <= _LARGEST_CHUNK:
-            raise ValueError(f"chunk={self.chunk} must be a multiple of {_LANES} up to {_LARGEST_CHUNK}")
-        if self.warpgroups not in (1, 2, 4):
-            raise ValueError(f"warpgroups={self.warpgroups} must be 1, 2 or 4")
+        few = self.chunk in (_LANES // _WARPS, _FEW // _WARPS)
+        if not few and (self.chunk % _LANES or not _LANES <= self.chunk <= _LARGEST_CHUNK):
+            raise ValueError(f"chunk={self.chunk} must be 8, 16, or a multiple of {_LANES} up to {_LARGEST_CHUNK}")
 
     def fitted(self, table_width: int) -> "TuningConfig":
         """No larger than a narrow table wants, and large enough for a cluster to see all of a wide one if it can."""
-        chunk = min(self.chunk, round_up(table_width, _LANES))
-        warpgroups = self.warpgroups
-        while warpgroups > 1 and chunk * warpgroups // 2 >= table_width:
-            warpgroups //= 2
-        while warpgroups < _MOST_WARPGROUPS and chunk * warpgroups * _MOST_CLUSTERED < table_width:
-            warpgroups *= 2
-        while chunk < _LARGEST_CHUNK and chunk * warpgroups * _MOST_CLUSTERED < table_width:
-            chunk = min(2 * chunk, _LARGEST_CHUNK)
-        return TuningConfig(chunk, warpgroups)
+        if table_width <= _FEW:
+            return TuningConfig(round_up(table_width, _LANES) // _WARPS)
+        chunk = max(self.chunk, round_up(-(-table_width // (_WARPS * _MOST_CLUSTERED)), _LANES))
+        wanted = round_up(-(-table_width // _WARPS), _LANES)
+        return TuningConfig(min(chunk, wanted, _LARGEST_CHUNK))
 
     @property
     def blocks(self) -> int:
         """Blocks of a CTA: a table of scores must have room for a multiple of them."""
-        return self.chunk * self.warpgroups
+        return self.chunk * _WARPS
 
 
 def choose(scores, positions, share, *, choice: Choice, config: TuningConfig, interpret: Any):
-    """Choose for each column: i32[slabs, 4 * choice.groups, top_k], or [..., 2, top_k] with keys.
+    """Choose for each column: i32[slabs, choice.num_columns, top_k], or [..., 2, top_k] with keys.
 
     scores: f32[slabs, n * config.blocks, width]; what is invisible may hold anything. positions: i32[slabs].
     share: i32[1].
     """
-    if scores.shape[1] <= config.blocks * _MOST_CLUSTERED:
-        return _choose_scores(scores, positions, share, choice=choice, config=config, interpret=interpret)
-    found = _choose_scores(scores, positions, share, choice=choice, config=config, interpret=interpret)
     blocks = scores.shape[1]
-    return _choose_found(*found, positions, share, choice=choice, config=config, blocks=blocks, interpret=interpret)
+    found = _choose_scores(scores, positions, share, choice=choice, config=config, interpret=interpret)
+    if blocks <= config.blocks * _MOST_CLUSTERED:
+        return found[0]
+    ctas = blocks // config.blocks
+    return _choose_found(*found, share, choice=choice, blocks=blocks, ctas=ctas, interpret=interpret)
 
 
 def _own_block(column, slab_position, choice: Choice):
-    """The own block of columns, one or several; -1 in a dead row."""
+    """The own block of a column; -1 in a dead row."""
     position = lax.div(column, jnp.int32(choice.num_heads)) + (slab_position + choice.shift)
     block = lax.div(jnp.maximum(position, 0), jnp.int32(PAGE_SIZE))
     return jnp.where(position >= 0, jnp.minimum(block, choice.shares.table_width - 1), jnp.int32(-1))
 
 
-def _own_blocks(slab_position, first_column, choice: Choice):
-    """The own blocks of four columns: as a vector, and the last of them as a scalar."""
-    column = plgpu.broadcasted_iota(jnp.int32, (_COLUMNS,), 0, layout=_LAYOUT.reduce(0)) + first_column
-    return tuple(_own_block(which, slab_position, choice) for which in (column, first_column + (_COLUMNS - 1)))
-
-
-def _over_rows(vector, like):
-    return lax.broadcast_in_dim(vector, like.shape, [1])
-
-
 def _row(tiles: int):
-    """Row numbers of so many tiles of 32 rows and 4 columns, one below the other."""
-    return plgpu.broadcasted_iota(jnp.int32, (tiles * _LANES, _COLUMNS), 0, layout=_LAYOUT)
+    """Row numbers of so many tiles of 32 rows, one below the other, of all warps."""
+    return plgpu.broadcasted_iota(jnp.int32, (tiles * _LANES, _WARPS), 0, layout=_LAYOUT)
 
 
 def _tiles(values, first: int, end: int):
-    return lax.slice(values, (first * _LANES, 0), (end * _LANES, _COLUMNS))
+    return lax.slice(values, (first * _LANES, 0), (end * _LANES, _WARPS))
 
 
-def _load(ref):
-    return plgpu.load(ref, layout=_LAYOUT, optimized=False)
+def _load(ref, layout: Any = _LAYOUT):
+    return plgpu.load(ref, layout=layout, optimized=False)
 
 
 def _key(scores, block, own, choice: Choice):
-    """Keys of scores [n, 4] of blocks i32[n, 4], given the own block of each column [4]."""
-    own = _over_rows(own, block)
+    """Keys of scores of blocks, of the same shape, given the column's own block."""
     forced = block > own - choice.local_blocks
     if choice.init_blocks:
         forced = jnp.logical_or(forced, block < choice.init_blocks)
@@ -162,7 +142,7 @@ def _key(scores, block, own, choice: Choice):
 
 
 def _nothing(tiles: int):
-    return nothing(tiles * _LANES, _COLUMNS)
+    return nothing(tiles * _LANES, _WARPS)
 
 
 def _exchanged(earlier, later):
@@ -190,9 +170,9 @@ def _sorted(entries):
 
     def places(parity):
         """Those of one parity, out of both."""
-        pairs = (values.reshape(half, 2, _LANES, _COLUMNS) for values in entries)
-        first, end = (0, parity, 0, 0), (half, parity + 1, _LANES, _COLUMNS)
-        return tuple(lax.slice(pair, first, end).reshape(-1, _COLUMNS) for pair in pairs)
+        pairs = (values.reshape(half, 2, _LANES, _WARPS) for values in entries)
+        first, end = (0, parity, 0, 0), (half, parity + 1, _LANES, _WARPS)
+        return tuple(lax.slice(pair, first, end).reshape(-1, _WARPS) for pair in pairs)
 
     def step(_, places):
         even, odd = _exchanged(*places)
@@ -206,11 +186,11 @@ def _sorted(entries):
     return lax.fori_loop(0, half, step, (places(0), places(1)))
 
 
-def _take(best, top_k: int, emit, state=None):
-    """state = emit(state, j, largest key, its rank) for the top_k best of each column, both i32[4], best first.
+def _winners(best, count: int, found_smem):
+    """Write keys and ranks of each warp's `count` best of lists, best first: place j * 4 + warp has the j-th best.
 
-    A rank is distinct in a column, larger for lower blocks, and 0 or more. Once only invisible entries are left their
-    ranks mean nothing. A loop, since the kernel's code takes long to make.
+    A rank is distinct in a warp, larger for lower blocks, and 0 or more; invisible entries get -1.
+    found_smem: i32[count * 4] twice. A loop, since the kernel's code takes long to make.
     """
     half = best[0][0].shape[0] // _LANES
 
@@ -222,175 +202,210 @@ def _take(best, top_k: int, emit, state=None):
             rest = tuple(jnp.concatenate([_tiles(x, 1, half), no]) for x, no in zip(even, rest, strict=True))
         return (odd, rest) if odd else (rest, ())
 
-    def step(j, carry):
-        best, state = carry
+    def over_rows(vector):
+        return lax.broadcast_in_dim(vector, (_LANES, _WARPS), [1])
+
+    def step(j, best):
         first_keys, first_ranks = (_tiles(values, 0, 1) for values in best[0])
         largest = first_keys.max(axis=0)
-        is_largest = first_keys == _over_rows(largest, first_keys)
-        rank = jnp.where(is_largest, first_ranks, jnp.int32(-1)).max(axis=0)
-        gives = first_ranks == _over_rows(rank, first_ranks)
+        rank = jnp.where(first_keys == over_rows(largest), first_ranks, jnp.int32(-1)).max(axis=0)
+        gives = first_ranks == over_rows(rank)
         gives = jnp.concatenate([gives] * half) if half > 1 else gives
-        best = jax.tree.map(lambda new, old: jnp.where(gives, new, old), following(best), best)
-        return best, emit(state, j, largest, rank)
+        place = pl.ds(j * _WARPS, _WARPS)
+        found_smem[0][place] = largest
+        found_smem[1][place] = _or_nothing(largest, rank)
+        return jax.tree.map(lambda new, old: jnp.where(gives, new, old), following(best), best)
 
-    return lax.fori_loop(0, top_k, step, (best, state))[1]
+    lax.fori_loop(0, count, step, best)
 
 
-def _winners(best, top_k: int):
-    """Keys and ranks of the top_k best in registers: lane j has the j-th best, and the others invisible ones."""
-    lane = _row(1)
+def _or_nothing(key, rank):
+    """Ranks, -1 of what is invisible."""
+    return jnp.where(key > jnp.int32(keys.INVISIBLE), rank, jnp.int32(-1))
 
-    def keep(state, j, largest, rank):
-        return tuple(
-            jnp.where(lane == j, _over_rows(new, old), old) for new, old in zip((largest, rank), state, strict=True)
-        )
 
-    return _take(best, top_k, keep, _nothing(1))
+def _ranked(count: int, found_smem, places_smem, places: int, with_keys: bool):
+    """Keys, or None, and ranks i32[places] of the best of candidates, best first.
+
+    found_smem: keys and ranks i32[count or more] of the candidates; a rank is distinct, or -1 of what is invisible.
+    places_smem: i32[count or more]. count: a multiple of 32. places: a multiple of 4.
+    """
+
+    def spread(parts, shape, axis: int):
+        """Along one axis of a shape. The layout is its user's: the compiler tries out each that it is told."""
+        values = [plgpu.load(ref, optimized=False) for ref in parts]
+        return lax.broadcast_in_dim(jnp.concatenate(values) if len(values) > 1 else values[0], shape, [axis])
+
+    def pairs(parts, axis: int):
+        return plgpu.layout_cast(spread(parts, (count, count), axis), _PAIRS)
+
+    whole, half = pl.ds(0, count), count // 2
+    key, rank = (pairs([ref.at[whole]], 0) for ref in found_smem)
+    # In halves: the compiler takes two reads of the same for one, which has one layout.
+    halves = [pl.ds(0, half), pl.ds(half, half)]
+    other_key, other_rank = (pairs([ref.at[part] for part in halves], 1) for ref in found_smem)
+    better = jnp.logical_or(other_key > key, jnp.logical_and(other_key == key, other_rank > rank))
+    places_smem.at[whole][...] = better.astype(jnp.int32).sum(axis=1)
+    plgpu.commit_smem()
+    # Each warp looks for those at places of its own.
+    shape = (count, places)
+    wanted = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=_LAYOUT)
+    here = spread([places_smem.at[whole]], shape, 0) == wanted
+
+    def at_places(ref, otherwise):
+        return jnp.where(here, spread([ref.at[whole]], shape, 0), jnp.int32(otherwise)).max(axis=0)
+
+    return at_places(found_smem[0], keys.INVISIBLE) if with_keys else None, at_places(found_smem[1], -1)
+
+
+def _best_of_warps(entries, found_smem, places_smem, top_k: int, with_keys: bool):
+    """As `_ranked`, of entries: keys and ranks i32[n * 32, 4], a column for each warp, ranks descending in a lane."""
+    count = _kept(top_k)
+    _winners(_sorted(entries), count, found_smem)
+    plgpu.commit_smem()
+    return _ranked(count * _WARPS, found_smem, places_smem, top_k, with_keys)
+
+
+def _kept(top_k: int) -> int:
+    """How many of the best each warp hands on: 32 of all four together at least."""
+    return max(top_k, _LANES // _WARPS)
 
 
 @functools.partial(jax.jit, static_argnames=("choice", "config", "interpret"))
 def _choose_scores(scores, positions, share, *, choice: Choice, config: TuningConfig, interpret: Any):
-    """The choice if a cluster has all blocks, else the CTAs' winners: keys and ranks i32[slabs, groups, n, 32, 4]."""
-    slabs, blocks, _ = scores.shape
-    chunk, warpgroups = config.chunk, config.warpgroups
+    """The choice if a cluster has all blocks, else the CTAs' best: keys and ranks i32[slabs, columns, n, top_k].
+
+    n is the number of CTAs, rounded up for `_choose_found`; what is beyond is left unwritten.
+    """
+    slabs, blocks, width = scores.shape
     ctas = blocks // config.blocks
+    columns, top_k = choice.num_columns, choice.top_k
     clustered = 1 < ctas <= _MOST_CLUSTERED
     apart = ctas > _MOST_CLUSTERED
     # The interpreter knows clusters, but not the shared memory of others.
     through_gmem = clustered and interpret is not None
+    few = config.blocks <= _FEW
+    in_cta = config.blocks if few else _kept(top_k) * _WARPS
+    in_cluster = round_up(ctas * top_k, _LANES) if clustered else 0
 
     def choose_scores(scores_gmem, positions_gmem, share_gmem, out_gmem, *refs):
-        found_gmem, refs = (refs[:2], refs[2:]) if through_gmem else (None, refs)
+        others = None
         if apart:
-            found_gmem, refs = (out_gmem, refs[0]), refs[1:]
-        keys_smem, ranks_smem, barrier, *refs = refs
+            others, refs = (out_gmem, refs[0]), refs[1:]
+        elif through_gmem:
+            others, refs = refs[:2], refs[2:]
+        found_smem, places_smem, refs = refs[:2], refs[2], refs[3:]
         share = choice.shares.of(share_gmem)
-        slab, group, cta = lax.axis_index("slab"), lax.axis_index("group"), lax.axis_index("cta")
-        wg = lax.axis_index("wg")
-        first_column = group * _COLUMNS
-        own, last_own = _own_blocks(positions_gmem[slab], first_column, choice)
+        slab, column, cta = lax.axis_index("slab"), lax.axis_index("column"), lax.axis_index("cta")
+        own = _own_block(column, positions_gmem[slab], choice)
+        scores_gmem = scores_gmem.at[slab, cta]
 
-        def entries():
-            first_block = cta * config.blocks + wg * chunk
-            scores = _load(scores_gmem.at[slab, pl.ds(first_block, chunk), pl.ds(first_column, _COLUMNS)])
-            block = _row(chunk // _LANES) + first_block
+        def entries(scores, block):
+            block = block + cta * config.blocks
             return _key(scores, choice.shares.block(block, share), own, choice), (blocks - 1) - block
 
-        def write(best):
-            def emit(_, j, key, rank):
-                block = choice.shares.block((blocks - 1) - rank, share)
-                choice.write(out_gmem, slab, first_column, j, key, block)
+        def best(with_keys: bool):
+            if few:
+                layout = _PAIRS.reduce(1)
+                row = plgpu.broadcasted_iota(jnp.int32, (in_cta,), 0, layout=layout)
+                key, rank = entries(_load(scores_gmem.at[:, column], layout), row)
+                for ref, values in zip(found_smem, (key, _or_nothing(key, rank)), strict=True):
+                    ref.at[pl.ds(0, in_cta)][...] = values
+                plgpu.commit_smem()
+                return _ranked(in_cta, found_smem, places_smem, top_k, with_keys)
+            warp = plgpu.broadcasted_iota(jnp.int32, (config.chunk, _WARPS), 1, layout=_LAYOUT)
+            found = entries(_load(scores_gmem.at[:, :, column].T), _row(config.chunk // _LANES) + warp * config.chunk)
+            return _best_of_warps(found, found_smem, places_smem, top_k, with_keys)
 
-            _take(best, choice.top_k, emit)
-
-        def finish(best):
-            if ctas == 1:
-                write(best)
-            elif found_gmem is not None:
-                found_gmem[0][slab, group, cta], found_gmem[1][slab, group, cta] = _winners(best, choice.top_k)
-            else:
-                refs[0][...], refs[1][...] = _winners(best, choice.top_k)
-
-        def go():
-            best = _sorted(entries())
-            if warpgroups == 1:
-                finish(best)
-                return
-            keys_smem.at[wg][...], ranks_smem.at[wg][...] = _winners(best, choice.top_k)
-            plgpu.commit_smem()
-            plgpu.barrier_arrive(barrier)
-
-            @pl.when(wg == 0)
-            def _():
-                plgpu.barrier_wait(barrier)
-                finish(_sorted(tuple(_load(ref).reshape(-1, _COLUMNS) for ref in (keys_smem, ranks_smem))))
-
-        def merge():
-            """The first CTA of a cluster takes what all have found."""
-
-            def found(i, which):
-                if found_gmem is not None:
-                    return _load(found_gmem[which].at[slab, group, i])
-                return _load(plgpu.cluster_ref(refs[which], {"cta": i}))
-
-            barrier = refs[-1]
-            plgpu.commit_smem()
-            plgpu.barrier_arrive(barrier)
-            plgpu.barrier_wait(barrier)
-
-            @pl.when(cta == 0)
-            def _():
-                write(_sorted(tuple(jnp.concatenate([found(i, which) for i in range(ctas)]) for which in range(2))))
-
-            # Nobody leaves before that has been read.
-            plgpu.commit_smem()
-            plgpu.barrier_arrive(barrier)
-            plgpu.barrier_wait(barrier)
-
-        if apart:
-            pl.when(choice.shares.count(last_own + 1, share) > cta * config.blocks)(go)
+        if ctas == 1:
+            choice.write(out_gmem, slab, column, *best(choice.with_keys), blocks, share)
             return
-        # Whatever is visible: the position is not waited for before scores are read.
-        go()
-        if clustered:
-            pl.when(wg == 0)(merge)
+        found = best(with_keys=True)
+        if others is not None:
+            others[0][slab, column, cta], others[1][slab, column, cta] = found
+        else:
+            refs[0][...], refs[1][...] = found
+        if apart:
+            return
+        barrier = refs[-1]
 
-    found = jax.ShapeDtypeStruct((slabs, choice.groups, ctas, _LANES, _COLUMNS), jnp.int32)
-    out = [found, found] if apart else [choice.out_type(slabs), *([found, found] if through_gmem else [])]
-    scratch = [
-        plgpu.SMEM((warpgroups, _LANES, _COLUMNS), jnp.int32),
-        plgpu.SMEM((warpgroups, _LANES, _COLUMNS), jnp.int32),
-        plgpu.Barrier(num_arrivals=warpgroups),
-    ]
-    grid: dict[str, Any] = {"grid": (slabs, choice.groups, ctas), "grid_names": ("slab", "group", "cta")}
+        def arrive():
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(barrier)
+
+        def of_cta(which, i):
+            ref = plgpu.cluster_ref(refs[which], {"cta": i}) if others is None else others[which].at[slab, column, i]
+            return plgpu.load(ref, optimized=False)
+
+        arrive()
+        plgpu.barrier_wait(barrier)
+
+        @pl.when(cta == 0)
+        def _():
+            for which, no in enumerate((keys.INVISIBLE, -1)):
+                parts = [of_cta(which, i) for i in range(ctas)]
+                if rest := in_cluster - ctas * top_k:
+                    parts.append(jnp.full((rest,), no, jnp.int32))
+                joined = plgpu.layout_cast(jnp.concatenate(parts), _LAYOUT.reduce(0))
+                found_smem[which].at[pl.ds(0, in_cluster)][...] = joined
+
+        # Nobody leaves before that has been read.
+        arrive()
+
+        @pl.when(cta == 0)
+        def _():
+            found = _ranked(in_cluster, found_smem, places_smem, top_k, choice.with_keys)
+            choice.write(out_gmem, slab, column, *found, blocks, share)
+
+        plgpu.barrier_wait(barrier)
+
+    if apart:
+        padded = round_up(ctas * top_k, _WARPS * _LANES) // top_k
+        out = [jax.ShapeDtypeStruct((slabs, columns, padded, top_k), jnp.int32)] * 2
+    else:
+        out = [choice.out_type(slabs)]
+    grid: dict[str, Any] = {"grid": (slabs, columns, ctas), "grid_names": ("slab", "column", "cta")}
+    scratch: list[Any] = [plgpu.SMEM((max(in_cta, in_cluster),), jnp.int32)] * 3
     if clustered:
-        if not through_gmem:
-            scratch += [plgpu.SMEM((_LANES, _COLUMNS), jnp.int32)] * 2
+        if through_gmem:
+            out += [jax.ShapeDtypeStruct((slabs, columns, ctas, top_k), jnp.int32)] * 2
+        else:
+            scratch += [plgpu.SMEM((top_k,), jnp.int32)] * 2
         scratch.append(plgpu.ClusterBarrier(collective_axes=("cta",)))
         grid = {name: value[:2] for name, value in grid.items()} | {"cluster": (ctas,), "cluster_names": ("cta",)}
-    chosen = plgpu.kernel(
+    return plgpu.kernel(
         choose_scores,
         out_type=out,
         **grid,
-        num_threads=warpgroups,
-        thread_name="wg",
         scratch_types=scratch,
         # Else a barrier before and behind each thing that is written.
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
         **({} if interpret is None else {"interpret": interpret}),
-    )(scores, positions, share)
-    return chosen if apart else chosen[0]
+    )(scores.reshape(slabs, ctas, *(() if few else (_WARPS,)), -1, width), positions, share)
 
 
-@functools.partial(jax.jit, static_argnames=("choice", "config", "blocks", "interpret"))
-def _choose_found(
-    all_keys, ranks, positions, share, *, choice: Choice, config: TuningConfig, blocks: int, interpret: Any
-):
-    """The choice, out of the winners of the CTAs of a table of so many blocks."""
-    slabs, groups, ctas, _, _ = all_keys.shape
+@functools.partial(jax.jit, static_argnames=("choice", "blocks", "ctas", "interpret"))
+def _choose_found(all_keys, ranks, share, *, choice: Choice, blocks: int, ctas: int, interpret: Any):
+    """The choice, out of what so many CTAs found in a table of so many blocks."""
+    slabs, columns, padded, top_k = ranks.shape
+    chunk = padded * top_k // _WARPS
 
-    def choose_found(keys_gmem, ranks_gmem, positions_gmem, share_gmem, out_gmem):
+    def choose_found(keys_gmem, ranks_gmem, share_gmem, out_gmem, *scratch):
         share = choice.shares.of(share_gmem)
-        slab, group = lax.axis_index("slab"), lax.axis_index("group")
-        first_column = group * _COLUMNS
-        last_own = _own_block(first_column + (_COLUMNS - 1), positions_gmem[slab], choice)
-        visible = choice.shares.count(last_own + 1, share)
-        found = tuple(_load(ref.at[slab, group]).reshape(-1, _COLUMNS) for ref in (keys_gmem, ranks_gmem))
-        # A CTA that saw nothing wrote nothing. A rank must be distinct where it counts.
-        written = lax.div(_row(ctas), jnp.int32(_LANES)) * config.blocks < visible
-        entries = tuple(jnp.where(written, here, no) for here, no in zip(found, _nothing(ctas), strict=True))
-
-        def emit(_, j, key, rank):
-            block = choice.shares.block((blocks - 1) - rank, share)
-            choice.write(out_gmem, slab, first_column, j, key, block)
-
-        _take(_sorted(entries), choice.top_k, emit)
+        slab, column = lax.axis_index("slab"), lax.axis_index("column")
+        warp = plgpu.broadcasted_iota(jnp.int32, (chunk, _WARPS), 1, layout=_LAYOUT)
+        written = _row(chunk // _LANES) + warp * chunk < ctas * top_k
+        found = tuple(_load(ref.at[slab, column].T) for ref in (keys_gmem, ranks_gmem))
+        entries = tuple(jnp.where(written, here, no) for here, no in zip(found, _nothing(chunk // _LANES), strict=True))
+        found = _best_of_warps(entries, scratch[:2], scratch[2], top_k, choice.with_keys)
+        choice.write(out_gmem, slab, column, *found, blocks, share)
 
     return plgpu.kernel(
         choose_found,
         out_type=choice.out_type(slabs),
-        grid=(slabs, groups),
-        grid_names=("slab", "group"),
+        grid=(slabs, columns),
+        grid_names=("slab", "column"),
+        scratch_types=[plgpu.SMEM((_kept(top_k) * _WARPS,), jnp.int32)] * 3,
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
         **({} if interpret is None else {"interpret": interpret}),
-    )(all_keys, ranks, positions, share)
+    )(*(values.reshape(slabs, columns, _WARPS, chunk) for values in (all_keys, ranks)), share)

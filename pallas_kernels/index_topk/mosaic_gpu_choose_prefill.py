@@ -4,6 +4,7 @@ The blocks that all windows see are dealt to the CTAs in equal, contiguous parts
 window, then on whole ones, then on the beginning of another; what it does for one window is a piece. Two warpgroups
 of 128 (token, head) rows each multiply with the pages that a third one brings into a ring of shared memory. Each
 thread keeps the best blocks of one row in registers, in order: a list, into which a page's largest product is sorted.
+Blocks that a row has anyway stand in its list from the start, and those that all rows of a window have are not read.
 A second kernel merges the pieces of each window.
 """
 
@@ -22,7 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import DIM, PAGE_SIZE
 from pallas_kernels.index_topk import keys
-from pallas_kernels.index_topk.mosaic_gpu_lists import insert, nothing
+from pallas_kernels.index_topk.mosaic_gpu_lists import insert, nothing, only
 from pallas_kernels.index_topk.mosaic_gpu_score_prefill import ALIGNMENT, WIDTH
 from pallas_kernels.index_topk.shares import Shares
 
@@ -46,6 +47,10 @@ class Choice:
     local_blocks: int
     with_keys: bool = False
 
+    def piece_units(self, config: "TuningConfig") -> int:
+        """Units of work that a window has before its blocks: as long as `config.piece_cost` blocks of the share."""
+        return config.piece_cost * self.shares.number
+
 
 @dataclass(frozen=True)
 class TuningConfig:
@@ -65,8 +70,8 @@ class TuningConfig:
             raise ValueError(f"stages={self.stages} must be 1 to 3")
         if self.ctas < 1:
             raise ValueError(f"ctas={self.ctas} must be at least 1")
-        if self.piece_cost < 0:
-            raise ValueError(f"piece_cost={self.piece_cost} must not be negative")
+        if self.piece_cost < 1:
+            raise ValueError(f"piece_cost={self.piece_cost} must be at least 1")
 
 
 def choose_prefill(
@@ -76,7 +81,7 @@ def choose_prefill(
     sequence,
     first_row,
     first_position,
-    blocks,
+    ends,
     share,
     *,
     choice: Choice,
@@ -85,21 +90,11 @@ def choose_prefill(
 ):
     """Choose for columns (token, head) of windows: i32[windows, 1 or 2, top_k, WIDTH], keys first if wanted.
 
-    sequence, first_row, first_position, blocks: i32[windows]; first_row * K is a multiple of ALIGNMENT, and `blocks`
-    counts those that the window sees. share: i32[1]. Windows without blocks, and rows that are not a window's own,
-    hold anything.
+    sequence, first_row, first_position, ends: i32[windows]; first_row * K is a multiple of ALIGNMENT, and `ends` counts
+    the units of work of all windows up to each: `choice.piece_units(config)` that are no block, and then one for each
+    block that the window sees, of any share, but for its last `choice.local_blocks`. share: i32[1]. Windows without
+    units, and rows that are not a window's own, hold anything.
     """
-    counts = choice.shares.count(blocks, choice.shares.of(share))
-    # A window's units of work: piece_cost of them that are no block, and then one for each block.
-    costs = jnp.where(counts > 0, counts + config.piece_cost, 0)
-    window = jnp.arange(blocks.shape[0], dtype=jnp.int32)
-    # By comparisons, in one reduction; a running sum of many is quicker in several steps.
-    if window.shape[0] <= 2048:
-        ends = jnp.sum(jnp.where(window <= window[:, None], costs, 0), axis=1, dtype=jnp.int32)
-    else:
-        ends = jnp.cumsum(costs, dtype=jnp.int32)
-    first_units = _first_unit(jnp.arange(config.ctas, dtype=jnp.int32), ends[-1], config.ctas)
-    first_windows = jnp.sum(jnp.where(ends <= first_units[:, None], 1, 0), axis=1, dtype=jnp.int32)
     pieces = _choose_pieces(
         index_q,
         index_k,
@@ -108,7 +103,6 @@ def choose_prefill(
         first_row,
         first_position,
         ends,
-        first_windows,
         share,
         choice=choice,
         config=config,
@@ -140,24 +134,23 @@ def _choose_pieces(
     first_row,
     first_position,
     ends,
-    first_windows,
     share,
     *,
     choice: Choice,
     config: TuningConfig,
     interpret: Any,
 ):
-    """Lists of the pieces, i32[windows + ctas, 2, top_k, WIDTH]: keys and numbers of a share's blocks.
+    """Lists of the pieces, i32[windows + ctas, 2, _WARPGROUPS, top_k * _ROWS]: keys and numbers of a share's blocks.
 
-    ends: i32[windows], units of all windows up to each. first_windows: i32[ctas], that of a CTA's first unit.
     The piece of window w by CTA c is number w + c, which no other is, since from one piece to the next either grows. A
-    window's first piece has its best entry first, the others have theirs last.
+    window's first piece has the blocks that are chosen whatever their score. The best entries of all rows are first, a
+    warpgroup's rows together, then the second best.
     """
     num_rows, num_heads, _ = index_q.shape
     num_pages = index_k.shape[0]
     num_windows = sequence.shape[0]
     ctas, stages = config.ctas, config.stages
-    shares, top_k = choice.shares, choice.top_k
+    shares, top_k, piece_units = choice.shares, choice.top_k, choice.piece_units(config)
     # Read once a piece instead of once a step, which takes less power, and so less time; where there are registers left
     # beside the products, the lists and a mask. The interpreter multiplies from shared memory only.
     in_registers = top_k <= 16 and choice.local_blocks > 0 and interpret is None
@@ -170,7 +163,6 @@ def _choose_pieces(
         row_gmem,
         position_gmem,
         ends_gmem,
-        first_windows_gmem,
         share_gmem,
         out_gmem,
         q_smem,
@@ -185,13 +177,21 @@ def _choose_pieces(
         share = shares.of(share_gmem)
         total = ends_gmem[num_windows - 1]
         first, last = _first_unit(cta, total, ctas), _first_unit(cta + 1, total, ctas)
-        first_window = jnp.minimum(first_windows_gmem[cta], num_windows - 1)
-        start = jnp.where(first_window > 0, ends_gmem[jnp.maximum(first_window - 1, 0)], 0)
+
+        def search(i, found):
+            """The number of windows that end before the CTA's first unit, bit by bit, and the units of these."""
+            more = found[0] + lax.shift_right_logical(jnp.int32(1 << num_windows.bit_length() - 1), i)
+            end = ends_gmem[jnp.minimum(more, num_windows) - 1]
+            before = jnp.logical_and(more <= num_windows, end <= first)
+            return jnp.where(before, more, found[0]), jnp.where(before, end, found[1])
+
+        first_window, start = lax.fori_loop(0, num_windows.bit_length(), search, (jnp.int32(0), jnp.int32(0)))
 
         def over_pieces(work, *about):
-            """work(number of the piece, window, first block, steps before, steps, *about[window]) for each piece.
+            """work(number of the piece, window, is it its first, first block, steps before, steps, *about[window]).
 
-            Returns their number, and that of their steps. What is to be known of a window is read one piece ahead.
+            For each piece; blocks are numbers in the share. Returns the number of pieces, and that of their steps. What
+            is to be known of a window is read one piece ahead.
             """
 
             def read(window):
@@ -202,26 +202,25 @@ def _choose_pieces(
                 return state[0] < last
 
             def piece(state):
-                unit, skipped, first_block, window, number, done, known = state
+                unit, before, window, number, done, known = state
                 following = read(window + 1)
                 end = jnp.minimum(known[0], last)
-                # None, if the window has no block of this share, or the CTA only units that are no block.
-                count = end - unit - skipped
-                some = count > 0
-                pl.when(some)(lambda: work(number, window, first_block, done, count, *known[1:]))
-                number, done = number + jnp.where(some, 1, 0), done + jnp.where(some, count, 0)
-                return end, jnp.int32(config.piece_cost), jnp.int32(0), window + 1, number, done, following
+                first_block, end_block = (
+                    shares.count(jnp.maximum(units - piece_units, 0), share) for units in (before, before + end - unit)
+                )
+                count = end_block - first_block
+                work(number, window, before == 0, first_block, done, count, *known[1:])
+                return end, jnp.int32(0), window + 1, number + 1, done + count, following
 
-            before, cost, zero = first - start, config.piece_cost, jnp.int32(0)
-            skipped, first_block = jnp.maximum(cost - before, 0), jnp.maximum(before - cost, 0)
-            state = (first, skipped, first_block, first_window, zero, zero, read(first_window))
-            return lax.while_loop(go_on, piece, state)[4:6]
+            zero = jnp.int32(0)
+            state = (first, first - start, first_window, zero, zero, read(first_window))
+            return lax.while_loop(go_on, piece, state)[3:5]
 
         @pl.when(wg == _WARPGROUPS)
         def _produce():
             plgpu.set_max_registers(24, action="decrease")
 
-            def load(number, _, first_block, done, count, sequence, row):
+            def load(number, _, __, first_block, done, count, sequence, row):
                 slot = lax.rem(number, jnp.int32(2))
 
                 @pl.when(number >= 2)
@@ -240,7 +239,8 @@ def _choose_pieces(
                     def _():
                         plgpu.barrier_wait(k_free.at[slot])
 
-                    page = table_gmem[sequence, shares.block(first_block + i, share)]
+                    block = jnp.minimum(shares.block(first_block + i, share), shares.table_width - 1)
+                    page = table_gmem[sequence, block]
                     page = jnp.clip(page, 0, num_pages - 1)
                     plgpu.copy_gmem_to_smem(k_gmem.at[page], k_smem.at[slot], k_barrier.at[slot])
 
@@ -264,12 +264,13 @@ def _choose_pieces(
             row = plgpu.broadcasted_iota(jnp.int32, (_ROWS,), 0, layout=_LAYOUT)
             token = lax.div(row + wg * _ROWS, jnp.int32(num_heads))
 
-            def score(number, window, first_block, done, count, first_token):
+            def score(number, window, is_first, first_block, done, count, first_token):
                 q_slot = lax.rem(number, jnp.int32(2))
                 position = token + first_token
                 # Rounded down: negative, so that nothing is visible, where the position is.
                 own = lax.shift_right_arithmetic(position, jnp.int32(PAGE_SIZE.bit_length() - 1))
                 own = jnp.minimum(own, shares.table_width - 1)
+                start = _forced(own, is_first, share, choice)
                 plgpu.barrier_wait(q_barrier.at[q_slot])
                 queries = q_smem.at[q_slot, wg]
                 if in_registers:
@@ -299,30 +300,24 @@ def _choose_pieces(
                         dots = lax.cond(first_seen < PAGE_SIZE - 1, mask, lambda dots: dots, dots)
                     largest_smem.at[wg][...] = dots.max(axis=1)
                     key = keys.keys_of(plgpu.load(largest_smem.at[wg], layout=_LAYOUT, optimized=False))
-                    forced = own - block < choice.local_blocks
+                    least = choice.local_blocks
                     if choice.init_blocks:
-                        forced = jnp.logical_or(forced, jnp.full((_ROWS,), block) < choice.init_blocks)
-                    key = jnp.where(forced, jnp.int32(keys.FORCED), key)
-                    key = jnp.where(own - block >= 0, key, jnp.int32(keys.INVISIBLE))
+                        least = jnp.where(block < choice.init_blocks, shares.table_width, least)
+                    # Neither invisible nor in the list from the start.
+                    key = jnp.where(own - block >= least, key, jnp.int32(keys.INVISIBLE))
                     return insert(best, key, block)
 
-                found = lax.fori_loop(0, count, step, nothing(top_k * _ROWS))
+                found = lax.fori_loop(0, count, step, start)
                 plgpu.barrier_arrive(q_free.at[q_slot])
-
-                def write(j, found):
-                    place = jnp.where(first_block > 0, top_k - 1 - j, j)
-                    for part, values in enumerate(found):
-                        out_gmem[window + cta, part, place, pl.ds(wg * _ROWS, _ROWS)] = values[:_ROWS]
-                    return tuple(jnp.concatenate([values[_ROWS:], values[:_ROWS]]) for values in found)
-
-                lax.fori_loop(0, top_k, write, found)
+                for part, values in enumerate(found):
+                    out_gmem[window + cta, part, wg] = values
 
             over_pieces(score, position_gmem)
 
     dtype = index_k.dtype
     return plgpu.kernel(
         choose_pieces,
-        out_type=jax.ShapeDtypeStruct((num_windows + ctas, 2, top_k, WIDTH), jnp.int32),
+        out_type=jax.ShapeDtypeStruct((num_windows + ctas, 2, _WARPGROUPS, top_k * _ROWS), jnp.int32),
         grid=(ctas,),
         grid_names=("cta",),
         num_threads=_WARPGROUPS + 1,
@@ -346,9 +341,30 @@ def _choose_pieces(
         first_row,
         first_position,
         ends,
-        first_windows,
         share,
     )
+
+
+def _forced(own, is_first, share, choice: Choice):
+    """Lists of a piece before its first step: in a window's first piece, the share's blocks that are chosen anyway.
+
+    own: i32[_ROWS], the rows' own blocks, negative where nothing is visible.
+    """
+    shares, init_blocks = choice.shares, choice.init_blocks
+    best = None
+    # Beyond every block, where none is forced.
+    least = jnp.where(is_first, 0, shares.table_width)
+    for number in range(init_blocks + choice.local_blocks):
+        if number < init_blocks:
+            block, chosen = jnp.full((_ROWS,), number, jnp.int32), own >= least + number
+        else:
+            block = own - (init_blocks + choice.local_blocks - 1 - number)
+            chosen = block >= jnp.maximum(least, init_blocks)
+        if shares.number > 1:
+            chosen = jnp.logical_and(chosen, lax.rem(block - share, jnp.int32(shares.number)) == 0)
+        key = jnp.where(chosen, jnp.int32(keys.FORCED), jnp.int32(keys.INVISIBLE))
+        best = insert(best, key, block) if best else only(key, jnp.where(chosen, block, -1), choice.top_k)
+    return best or nothing(choice.top_k * _ROWS)
 
 
 @functools.partial(jax.jit, static_argnames=("choice", "config", "interpret"))
@@ -359,6 +375,7 @@ def _merge_pieces(pieces, ends, *, choice: Choice, config: TuningConfig, interpr
     both; these rise and fall, and comparing at ever smaller distances sorts them. Here the distance is always half the
     list, and the numbers of the entries change instead, by writing entries i and i + half to 2 i and 2 i + 1: so
     all steps are one loop over two halves, which takes far less time to compile than a network of single entries.
+    What has been merged is worst first as long as more pieces come, which are best first.
     """
     num_windows, top_k, ctas = ends.shape[0], choice.top_k, config.ctas
     steps = top_k.bit_length() - 1
@@ -373,7 +390,7 @@ def _merge_pieces(pieces, ends, *, choice: Choice, config: TuningConfig, interpr
 
     def merge_pieces(pieces_gmem, ends_gmem, out_gmem, best_smem):
         window = lax.axis_index("window")
-        columns = pl.ds(lax.axis_index("half") * _ROWS, _ROWS)
+        wg = lax.axis_index("wg")
         total = ends_gmem[num_windows - 1]
         start = jnp.where(window > 0, ends_gmem[jnp.maximum(window - 1, 0)], 0)
         end = ends_gmem[window]
@@ -382,48 +399,47 @@ def _merge_pieces(pieces, ends, *, choice: Choice, config: TuningConfig, interpr
         def load(ref):
             return plgpu.load(ref, optimized=False)
 
-        def best(half):
+        def best_half(half):
             return tuple(load(best_smem.at[part, half]) for part in range(2))
 
-        def step(_, halves):
+        def step(rising, halves):
             first, second = halves
-            ordered = better(first, second)
+            ordered = better(first, second) != rising
             for bit, values in enumerate((either(ordered, first, second), either(ordered, second, first))):
                 for part, value in enumerate(values):
                     best_smem.at[(part, *every, bit)][...] = value
-            return best(0), best(1)
+            return best_half(0), best_half(1)
 
         def found(cta):
             return tuple(
-                tuple(load(pieces_gmem.at[(window + cta, part, half, *every, columns)]) for part in range(2))
+                tuple(load(pieces_gmem.at[(window + cta, part, wg, half, *every)]) for part in range(2))
                 for half in range(2)
             )
 
-        def merge_all():
-            first, last = _cta_of(start + config.piece_cost, total, ctas), _cta_of(end - 1, total, ctas)
+        first = jnp.minimum(_cta_of(start, total, ctas), ctas - 1)
+        last = jnp.where(end > start, _cta_of(end - 1, total, ctas), first - 1)
 
-            def merge(cta, state):
-                halves, here = state
-                following = found(jnp.minimum(cta + 1, last))
-                better_ones = (either(better(old, new), old, new) for old, new in zip(halves, here, strict=True))
-                return lax.fori_loop(0, steps, step, tuple(better_ones)), following
+        def merge(cta, state):
+            halves, here = state
+            following = found(jnp.minimum(cta + 1, jnp.maximum(last, first)))
+            halves = tuple(either(better(old, new), old, new) for old, new in zip(halves, here, strict=True))
+            # A window's only piece is in order.
+            rising = jnp.full(halves[0][0].shape, cta < last)
+            halves = lax.fori_loop(0, jnp.where(first < last, steps, 0), lambda _, halves: step(rising, halves), halves)
+            return halves, following
 
-            ((some_keys, numbers), others), following = found(first), found(jnp.minimum(first + 1, last))
-            # The layout of one array settles that of all; the compiler would try out each that it is told.
-            halves = (plgpu.layout_cast(some_keys, _LAYOUT), numbers), others
-            return lax.fori_loop(first + 1, last + 1, merge, (halves, following))[0]
-
-        halves = lax.cond(end > start, merge_all, lambda: (nothing(*entries[1:], _ROWS),) * 2)
+        none = tuple(plgpu.layout_cast(values, _LAYOUT) for values in nothing(*entries[1:], _ROWS))
+        halves, _ = lax.fori_loop(first, last + 1, merge, ((none, none), found(first)))
         for half, values in enumerate(halves):
             for part, value in enumerate(values if choice.with_keys else values[1:]):
-                out_gmem.at[(window, part, half, *every, columns)][...] = value
+                out_gmem.at[(window, part, half, *every, pl.ds(wg * _ROWS, _ROWS))][...] = value
 
     merged = plgpu.kernel(
         merge_pieces,
         out_type=jax.ShapeDtypeStruct((num_windows, 1 + choice.with_keys, *entries, WIDTH), jnp.int32),
         grid=(num_windows, _WARPGROUPS),
-        grid_names=("window", "half"),
+        grid_names=("window", "wg"),
         scratch_types=[plgpu.SMEM((2, *entries, _ROWS), jnp.int32)],
         **({} if interpret is None else {"interpret": interpret}),
-    )(pieces.reshape(*pieces.shape[:2], *entries, WIDTH), ends)
+    )(pieces.reshape(*pieces.shape[:3], *entries, _ROWS), ends)
     return merged.reshape(*merged.shape[:2], top_k, WIDTH)

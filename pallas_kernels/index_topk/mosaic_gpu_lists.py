@@ -13,13 +13,20 @@ def nothing(*shape: int):
     return tuple(jnp.full(shape, value, jnp.int32) for value in (keys.INVISIBLE, -1))
 
 
+def only(key, number, length: int):
+    """Lists (keys, numbers) i32[length * n] with one entry each, i32[n]."""
+    rest = nothing((length - 1) * key.shape[0])
+    return tuple(jnp.concatenate(parts) for parts in zip((key, number), rest, strict=True))
+
+
 def insert(best, key, number):
     """Lists (keys, numbers) i32[length * n] with one more entry, cut to their length; of equal keys the older is ahead.
 
-    key: i32[n]. number: a scalar. length is a power of two.
+    key: i32[n]. number: i32[n], or a scalar. length is a power of two.
     """
     width, size = key.shape[0], best[0].shape[0]
-    key, number = repeated(key, size // width), jnp.full((size,), number, jnp.int32)
+    key = repeated(key, size // width)
+    number = repeated(number, size // width) if jnp.ndim(number) else jnp.full((size,), number, jnp.int32)
     better = key > best[0]
 
     def inserted(values, new):

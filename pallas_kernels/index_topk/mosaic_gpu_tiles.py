@@ -6,6 +6,7 @@ sequence before, and a window that would reach beyond the last row is moved up. 
 rows that are not the window's own.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -44,31 +45,33 @@ def windows(
     seq_lens: Int32[Array, " B"],
     context_lens: Int32[Array, " B"],
 ) -> Windows:
-    """Cut the live rows of a call into windows. T and `height`, at most T, are multiples of `alignment`."""
+    """Cut the live rows of a call into windows.
+
+    T and `height`, at most T, are multiples of `alignment`; but for T all sizes are powers of two.
+    """
     num_sequences = seq_lens.shape[0]
     # A sequence wastes less than `alignment` rows before its own and less than a window after them.
     num_windows = min((num_rows + num_sequences * (alignment + height - 2)) // height, num_rows)
-    counts = rows.live_counts(cu_seqlens, seq_lens, context_lens)
-    before = cu_seqlens[:-1] % alignment
-    needed = jnp.where(counts > 0, (before + counts + height - 1) // height, 0)
-    ends = jnp.cumsum(needed, dtype=jnp.int32)
+    counts, before, needed, ends = _cuts(height, alignment, cu_seqlens, seq_lens, context_lens)
     starts = ends - needed
 
     window = jnp.arange(num_windows, dtype=jnp.int32)
     sequence = jnp.minimum(rows.count_up_to(ends, window), num_sequences - 1)
-    offset = (window - starts[sequence]) * height - before[sequence]
-    count = counts[sequence]
-    live = offset < count
-    own_row = cu_seqlens[sequence] + offset
+    of = functools.partial(_at, index=sequence)
+    offset = (window - of(starts)) * height - of(before)
+    count, context = of(counts), of(context_lens)
+    live = window < ends[-1]
+    own_row = of(cu_seqlens) + offset
     first_row = jnp.clip(own_row, 0, num_rows - height)
-    first_position = jnp.where(live, context_lens[sequence] + offset - (own_row - first_row), _DEAD)
-    last_position = context_lens[sequence] + jnp.minimum(offset + height, count) - 1
-    num_blocks = jnp.where(live, jnp.minimum(last_position // page_size + 1, table_width), 0)
+    first_position = jnp.where(live, context + offset - (own_row - first_row), _DEAD)
+    last_position = context + jnp.minimum(offset + height, count) - 1
+    num_blocks = jnp.where(live, jnp.minimum(_divided(last_position + 1, page_size), table_width), 0)
 
     row = jnp.arange(num_rows, dtype=jnp.int32)
     of_row, position = rows.prefill_rows(num_rows, cu_seqlens, seq_lens, context_lens)
-    of_index = starts[of_row] + (row - cu_seqlens[of_row] + before[of_row]) // height
-    places = of_index * height + row - first_row.at[of_index].get(mode="clip")
+    of = functools.partial(_at, index=of_row)
+    of_index = of(starts) + ((row - of(cu_seqlens) + of(before)) >> (height.bit_length() - 1))
+    places = of_index * height + row - first_row.at[of_index].get(mode="clip", wrap_negative_indices=False)
     return Windows(
         sequence=sequence,
         first_row=first_row,
@@ -77,3 +80,58 @@ def windows(
         places=jnp.where(position >= 0, places, num_windows * height),
         position=position,
     )
+
+
+def blocks_up_to(
+    num_windows: int,
+    skipped: int,
+    extra: int,
+    height: int,
+    alignment: int,
+    page_size: int,
+    table_width: int,
+    cu_seqlens: Int32[Array, " B+1"],
+    seq_lens: Int32[Array, " B"],
+    context_lens: Int32[Array, " B"],
+) -> Int32[Array, " windows"]:
+    """Blocks that the windows up to each one see, `skipped` fewer for each, and `extra` more if it has own rows.
+
+    In closed form, so that one kernel computes all. The sizes are powers of two. Positions beyond the table may count.
+    """
+    counts, before, needed, ends = _cuts(height, alignment, cu_seqlens, seq_lens, context_lens)
+    context_lens = jnp.minimum(context_lens, table_width * page_size)
+    # From one window to the next they are `step` blocks more, or they are one more after `step` windows; in units of
+    # `unit` rows, a window counts `last` of them in the first case, and `last` / step rounded up in the second one.
+    unit, step = min(height, page_size), max(height, page_size) // min(height, page_size)
+    first = _divided(context_lens - before, unit) - skipped * (page_size // unit)
+
+    def seen(windows):
+        last = jnp.maximum(first + windows * (height // unit), 0)
+        terms = _divided(last, step)
+        return terms * last - step * (terms * (terms - 1) >> 1)
+
+    # All but a sequence's last window see what rows of their own to their very end would see.
+    number = jnp.arange(1, num_windows + 1, dtype=jnp.int32)[:, None] - (ends - needed)
+    number = jnp.minimum(jnp.maximum(number, 0), needed)
+    whole = jnp.minimum(number, jnp.maximum(needed - 1, 0))
+    last = jnp.maximum(_divided(context_lens + counts, page_size) - skipped, 0)
+    blocks = seen(whole) - seen(0) + number * extra + jnp.where(number > whole, last, 0)
+    return jnp.sum(blocks, axis=1, dtype=jnp.int32)
+
+
+def _cuts(height, alignment, cu_seqlens, seq_lens, context_lens):
+    """Live rows of each sequence, rows before them in its first window, its windows, and those up to it: i32[B]."""
+    counts = rows.live_counts(cu_seqlens, seq_lens, context_lens)
+    before = cu_seqlens[:-1] & (alignment - 1)
+    needed = jnp.where(counts > 0, _divided(before + counts, height), 0)
+    return counts, before, needed, jnp.cumsum(needed, dtype=jnp.int32)
+
+
+def _divided(values, divisor: int):
+    """Quotients rounded up; the divisor is a power of two, of which a shift is far fewer instructions to compile."""
+    return (values + (divisor - 1)) >> (divisor.bit_length() - 1)
+
+
+def _at(values, index):
+    """values[index] without a case for what is out of bounds, which nothing here is."""
+    return values.at[index].get(mode="promise_in_bounds", wrap_negative_indices=False)

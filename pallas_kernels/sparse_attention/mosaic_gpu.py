@@ -98,7 +98,6 @@ def _prefill(
             tails,
             plan,
             first_token=first,
-            top_k=top_k,
             scale=scale,
             config=config,
             interpret=interpret,

@@ -14,19 +14,21 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels.hopper import PAGE_SIZE
 
 TILE_PAIRS = 4
-# A pair and the last key of the block that it sees, 0 to 127, in one word.
+# For the last key of a block that is seen, 0 to 127.
 LIMIT_BITS = 7
 
 
 class Plan(NamedTuple):
     """Tiles and runs of a call's pairs; pair (token * K + head) * C + slot.
 
-    words: i32[tiles * TILE_PAIRS], pair << LIMIT_BITS | last visible key of its block, -1 where a tile has no
-    pair. tile_run: i32[tiles]. run_head, run_page, run_tail: i32[runs]; run_tail is the sequence that ends within
-    the page, or -1. num_tiles: i32[1]. places: i32[T * K * C], where each pair stands in `words`, -1 nowhere.
+    units: i32[tiles * TILE_PAIRS], the token * K + head of each of a tile's pairs, 0 where there is none. limits:
+    i32[tiles], the last key of its block that each pair sees, LIMIT_BITS each, the first pair's lowest; what has no
+    pair sees all. tile_run: i32[tiles]. run_head, run_page, run_tail: i32[runs]; run_tail is the sequence that ends
+    within the page, or -1. num_tiles: i32[1]. places: i32[T * K * C], where each pair stands in `units`, -1 nowhere.
     """
 
-    words: Int32[Array, " 4*tiles"]
+    units: Int32[Array, " 4*tiles"]
+    limits: Int32[Array, " tiles"]
     tile_run: Int32[Array, " tiles"]
     run_head: Int32[Array, " runs"]
     run_page: Int32[Array, " runs"]
@@ -90,7 +92,7 @@ def plan(
 
     window: rows whose queries come again and again while a window's pairs are worked at. T * K * C is below 2**24.
     """
-    num_rows, kv_heads, _ = block_ids.shape
+    num_rows, kv_heads, top_k = block_ids.shape
     num_items, num_windows = items.page.shape[0], -(-num_rows // window)
     num_pairs, num_keys = block_ids.size, kv_heads * num_windows * num_items
     num_runs = min(num_pairs, num_keys)
@@ -124,8 +126,9 @@ def plan(
     of = jnp.minimum(key, num_keys - 1)
     place = (first_tiles * TILE_PAIRS - starts)[of] + number
     place = jnp.where(takes_part, place, max_tiles * TILE_PAIRS)
-    words = jnp.full((max_tiles * TILE_PAIRS,), -1, jnp.int32)
+    words = jnp.full((max_tiles * TILE_PAIRS,), PAGE_SIZE - 1, jnp.int32)
     words = words.at[place].set((pair << LIMIT_BITS) | limit[pair], mode="drop", unique_indices=True)
+    limits = (words & (PAGE_SIZE - 1)).reshape(-1, TILE_PAIRS) << (LIMIT_BITS * jnp.arange(TILE_PAIRS, dtype=jnp.int32))
     places = jnp.zeros((num_pairs,), jnp.int32)
     places = places.at[pair].set(jnp.where(takes_part, place, -1), unique_indices=True)
 
@@ -137,7 +140,8 @@ def plan(
     tile_run = jnp.zeros((max_tiles,), jnp.int32).at[place // TILE_PAIRS].set(run_of_key[of], mode="drop")
     item_of_run = key_of_run % num_items
     return Plan(
-        words=words,
+        units=(words >> LIMIT_BITS) // top_k,
+        limits=jnp.sum(limits, axis=1, dtype=jnp.int32),
         tile_run=tile_run,
         run_head=key_of_run // (num_windows * num_items),
         run_page=items.page[item_of_run],

@@ -34,12 +34,12 @@ _PAGES, _TILES = 2, 2
 
 @dataclass(frozen=True)
 class TuningConfig:
-    """window: rows of a plan's window. chunk: tiles that a CTA takes at a time. ctas: one for each SM."""
+    """window: of the plan. chunk: tiles that a CTA takes at a time. ctas: one for each SM."""
 
-    CANDIDATES: ClassVar = {"window": (1024, 2048, 4096, 8192), "chunk": (12, 24, 48)}
+    CANDIDATES: ClassVar = {"window": (2048, 4096, 8192), "chunk": (24, 48, 96)}
 
     window: int = 2048
-    chunk: int = 24
+    chunk: int = 48
     ctas: int = 132
 
     def __post_init__(self) -> None:
@@ -52,14 +52,11 @@ class TuningConfig:
 
     @classmethod
     def heuristic(cls, top_k: int, num_items: int) -> "TuningConfig":
-        """Windows as small as leaves an item, of so many that pairs may meet at, some full tiles."""
-        window = 2048
-        while window < 8192 and window * top_k < 64 * num_items:
-            window *= 2
-        return cls(window)
+        """For so many items that pairs may meet at: where they are many, a window leaves each but few tiles."""
+        return cls() if 128 * num_items <= 2048 * top_k else cls(window=8192, chunk=96)
 
 
-@functools.partial(jax.jit, static_argnames=("first_token", "top_k", "scale", "config", "interpret"))
+@functools.partial(jax.jit, static_argnames=("first_token", "scale", "config", "interpret"))
 def attend_prefill(
     q,
     k,
@@ -68,7 +65,6 @@ def attend_prefill(
     plan: Plan,
     *,
     first_token: int,
-    top_k: int,
     scale: float,
     config: TuningConfig,
     interpret: Any,
@@ -90,7 +86,8 @@ def attend_prefill(
         k_gmem,
         v_gmem,
         tails_gmem,
-        words_gmem,
+        units_gmem,
+        limits_gmem,
         tile_run_gmem,
         run_head_gmem,
         run_page_gmem,
@@ -132,28 +129,26 @@ def attend_prefill(
             first_run, last_run = tile_run_gmem[tile_of(first)], tile_run_gmem[tile_of(end - 1)]
             return jnp.where(end > first, first_run, 0), jnp.where(end > first, last_run, -1)
 
-        def words_of(tile):
-            return tuple(words_gmem[tile * TILE_PAIRS + r] for r in range(TILE_PAIRS))
-
         def produce_queries():
-            def step(i, words):
+            def units_of(i):
+                return tuple(units_gmem[tile_of(i) * TILE_PAIRS + r] for r in range(TILE_PAIRS))
+
+            def step(i, units):
                 consumer = lax.rem(i, jnp.int32(_WARPGROUPS))
                 turn = lax.div(i, jnp.int32(_WARPGROUPS))
-                slot = lax.rem(turn, jnp.int32(_TILES))
-                following = words_of(tile_of(i + 1))
+                slot = consumer * _TILES + lax.rem(turn, jnp.int32(_TILES))
+                following = units_of(i + 1)
 
                 @pl.when(turn >= _TILES)
                 def _():
-                    plgpu.barrier_wait(q_free.at[consumer * _TILES + slot])
+                    plgpu.barrier_wait(q_free.at[slot])
 
-                for r, word in enumerate(words):
-                    pair = lax.shift_right_logical(jnp.maximum(word, 0), jnp.int32(LIMIT_BITS))
-                    unit = lax.div(pair, jnp.int32(top_k)) + first_token * kv_heads
-                    where = q_smem.at[consumer, slot, pl.ds(r * GROUP, GROUP)]
-                    plgpu.copy_gmem_to_smem(q_gmem.at[unit], where, q_barrier.at[consumer * _TILES + slot])
+                for r, unit in enumerate(units):
+                    where = q_smem.at[slot, pl.ds(r * GROUP, GROUP)]
+                    plgpu.copy_gmem_to_smem(q_gmem.at[unit + first_token * kv_heads], where, q_barrier.at[slot])
                 return following
 
-            lax.fori_loop(0, count, step, words_of(tile_of(jnp.int32(0))))
+            lax.fori_loop(0, count, step, units_of(jnp.int32(0)))
 
         def produce_pages():
             def visit(number, run):
@@ -197,7 +192,7 @@ def attend_prefill(
 
         @pl.when(wg == _WARPGROUPS)
         def _produce():
-            plgpu.set_max_registers(40, action="decrease")
+            plgpu.set_max_registers(32, action="decrease")
 
             @pl.core_map(plgpu.WarpMesh(axis_name="warp"))
             def _():
@@ -207,42 +202,51 @@ def attend_prefill(
 
         @pl.when(wg < _WARPGROUPS)
         def _consume():
-            plgpu.set_max_registers(152, action="increase")
+            plgpu.set_max_registers(160, action="increase")
             own_count = jnp.maximum(lax.div(count - wg + (_WARPGROUPS - 1), jnp.int32(_WARPGROUPS)), 0)
 
             def describe(i):
-                """The number of the warpgroup's tile i, its words, and its run."""
+                """Limits and run of the warpgroup's tile i."""
                 tile = tile_of(wg + i * _WARPGROUPS)
-                return tile, words_of(tile), tile_run_gmem[tile]
+                return limits_gmem[tile], tile_run_gmem[tile]
 
-            def wait_page(i):
-                slot = lax.rem(i, jnp.int32(_PAGES))
-                plgpu.barrier_wait(k_barrier.at[slot])
-                plgpu.barrier_wait(v_barrier.at[slot])
+            def slot_of(i):
+                return wg * _TILES + lax.rem(i, jnp.int32(_TILES))
 
-            def advance(i, _):
-                slot = lax.rem(i, jnp.int32(_PAGES))
-                plgpu.barrier_arrive(k_free.at[slot])
-                plgpu.barrier_arrive(v_free.at[slot])
-                wait_page(i + 1)
+            def go_on(visit, to):
+                """Give pages back and wait for the next one, from one visit to another."""
 
-            @pl.when(count > 0)
-            def _():
-                wait_page(jnp.int32(0))
+                def step(visit, _):
+                    for free, arrived in ((k_free, k_barrier), (v_free, v_barrier)):
+                        plgpu.barrier_arrive(free.at[lax.rem(visit, jnp.int32(_PAGES))])
+                        plgpu.barrier_wait(arrived.at[lax.rem(visit + 1, jnp.int32(_PAGES))])
 
-            def step(i, carry, first_visit, first_run):
-                """Tile i, of a chunk whose first page is that visit and run."""
-                visit, (number, words, run), next_tile = carry
-                # Two tiles ahead: the words come from memory, one read after the other.
+                lax.fori_loop(visit, to, step, None)
+
+            def mask(logits, packed_limits):
+                limits = [
+                    lax.shift_right_logical(packed_limits, jnp.int32(r * LIMIT_BITS)) & jnp.int32(PAGE_SIZE - 1)
+                    for r in range(TILE_PAIRS)
+                ]
+                row = plgpu.broadcasted_iota(jnp.int32, logits.shape, 0, layout=_WGMMA)
+                key = plgpu.broadcasted_iota(jnp.int32, logits.shape, 1, layout=_WGMMA)
+                limit = limits[-1]
+                for r in range(TILE_PAIRS - 2, -1, -1):
+                    limit = jnp.where(row < (r + 1) * GROUP, limits[r], limit)
+                return jnp.where(key <= limit, logits, -jnp.inf)
+
+            def step(i, carry, ahead):
+                """Tile i, of a chunk in which visits are so far ahead of runs."""
+                visit, (limits, run), next_tile = carry
+                # Two tiles ahead, since it comes from memory.
                 after_next = describe(i + 2)
-                slot = lax.rem(i, jnp.int32(_TILES))
-                this_visit = first_visit + run - first_run
-                lax.fori_loop(visit, this_visit, advance, None)
+                this_visit = run + ahead
+                go_on(visit, this_visit)
                 page = lax.rem(this_visit, jnp.int32(_PAGES))
-                plgpu.barrier_wait(q_barrier.at[wg * _TILES + slot])
+                plgpu.barrier_wait(q_barrier.at[slot_of(i)])
 
                 def multiply_k(acc):
-                    plgpu.wgmma(acc, q_smem.at[wg, slot], k_smem.at[page].T)
+                    plgpu.wgmma(acc, q_smem.at[slot_of(i)], k_smem.at[page].T)
                     return acc[...]
 
                 logits = pl.run_scoped(multiply_k, plgpu.ACC((_ROWS, PAGE_SIZE), jnp.float32))
@@ -252,20 +256,10 @@ def attend_prefill(
 
                 @pl.when(jnp.logical_and(i >= 1, i + 1 < own_count))
                 def _():
-                    plgpu.barrier_arrive(q_free.at[wg * _TILES + 1 - slot])
+                    plgpu.barrier_arrive(q_free.at[slot_of(i + 1)])
 
-                limits = [word & jnp.int32(PAGE_SIZE - 1) for word in words]
-
-                def mask(logits):
-                    row = plgpu.broadcasted_iota(jnp.int32, logits.shape, 0, layout=_WGMMA)
-                    key = plgpu.broadcasted_iota(jnp.int32, logits.shape, 1, layout=_WGMMA)
-                    limit = limits[-1]
-                    for r in range(TILE_PAIRS - 2, -1, -1):
-                        limit = jnp.where(row < (r + 1) * GROUP, limits[r], limit)
-                    return jnp.where(key <= limit, logits, -jnp.inf)
-
-                least = functools.reduce(jnp.minimum, limits)
-                logits = lax.cond(least < PAGE_SIZE - 1, mask, lambda logits: logits, logits)
+                is_cut = limits != (1 << TILE_PAIRS * LIMIT_BITS) - 1
+                logits = lax.cond(is_cut, mask, lambda logits, _: logits, logits, limits)
                 largest = logits.max(axis=1)
                 # The difference first: scaled huge logits are not exact, and the largest must weigh 1.
                 weights = jnp.exp2((logits - lax.broadcast_in_dim(largest, logits.shape, [0])) * factor)
@@ -273,43 +267,49 @@ def attend_prefill(
                 weights = weights.astype(dtype)
 
                 def multiply_v(acc):
+                    factor = weights
                     if weights_smem:
-                        weights_smem[0].at[wg][...] = weights
+                        factor = weights_smem[0].at[wg]
+                        factor[...] = weights
                         plgpu.commit_smem()
-                        plgpu.wgmma(acc, weights_smem[0].at[wg], v_smem.at[page])
-                    else:
-                        plgpu.wgmma(acc, weights, v_smem.at[page])
+                    plgpu.wgmma(acc, factor, v_smem.at[page])
                     return acc[...]
 
                 values = pl.run_scoped(multiply_v, plgpu.ACC((_ROWS, DIM), jnp.float32))
                 inverse = lax.broadcast_in_dim(1.0 / total, values.shape, [0])
-                q_smem.at[wg, slot][...] = (values * inverse).astype(dtype)
+                q_smem.at[slot_of(i)][...] = (values * inverse).astype(dtype)
                 stats_smem.at[wg, 0][...] = largest
                 stats_smem.at[wg, 1][...] = total
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(q_smem.at[wg, slot], out_gmem.at[number], commit_group=False)
+                number = tile_of(wg + i * _WARPGROUPS)
+                plgpu.copy_smem_to_gmem(q_smem.at[slot_of(i)], out_gmem.at[number], commit_group=False)
                 # The tile's as one: apart, to where each pair is merged, they take 100 us of 8,192 tokens' 1,080.
                 plgpu.copy_smem_to_gmem(stats_smem.at[wg], stats_gmem.at[number + 1], commit_group=False)
                 plgpu.commit_smem_to_gmem_group()
                 return this_visit, next_tile, after_next
 
             def over_chunk(chunk, carry):
-                visits, (first_run, last_run), *tiles = carry
+                visits, (first_run, last_run), *state = carry
                 following = runs_of(chunk + 1)
                 first = chunk * (config.chunk // _WARPGROUPS)
                 end = jnp.minimum(first + config.chunk // _WARPGROUPS, own_count)
-                of_chunk = functools.partial(step, first_visit=visits, first_run=first_run)
-                tiles = lax.fori_loop(first, end, of_chunk, tuple(tiles))
-                return visits + last_run - first_run + 1, following, *tiles
+                state = lax.fori_loop(first, end, functools.partial(step, ahead=visits - first_run), tuple(state))
+                return visits + last_run - first_run + 1, following, *state
 
-            start = (jnp.int32(0), runs_of(jnp.int32(0)), jnp.int32(0), describe(jnp.int32(0)), describe(jnp.int32(1)))
+            @pl.when(count > 0)
+            def _():
+                plgpu.barrier_wait(k_barrier.at[0])
+                plgpu.barrier_wait(v_barrier.at[0])
+
+            zero = jnp.int32(0)
+            start = (zero, runs_of(zero), zero, describe(zero), describe(jnp.int32(1)))
             visits, _, visit, *_ = lax.fori_loop(0, num_chunks, over_chunk, start)
-            lax.fori_loop(visit, visits - 1, advance, None)
+            go_on(visit, visits - 1)
             plgpu.wait_smem_to_gmem(0)
 
     page = plgpu.SMEM((_PAGES, PAGE_SIZE, DIM), dtype, transforms=_TILE)
     scratch = [
-        plgpu.SMEM((_WARPGROUPS, _TILES, _ROWS, DIM), dtype, transforms=_TILE),
+        plgpu.SMEM((_WARPGROUPS * _TILES, _ROWS, DIM), dtype, transforms=_TILE),
         page,
         page,
         plgpu.SMEM((_WARPGROUPS, 2, _ROWS), jnp.float32),
@@ -333,14 +333,16 @@ def attend_prefill(
         num_threads=_WARPGROUPS + 1,
         thread_name="wg",
         scratch_types=scratch,
-        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
+        # Without a barrier before and behind whatever is written: a warp writes where it alone has read.
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0, unsafe_no_auto_barriers=True),
         **({} if interpret is None else {"interpret": interpret}),
     )(
         q.reshape(-1, GROUP, DIM),
         k,
         v,
         tails,
-        plan.words,
+        plan.units,
+        plan.limits,
         plan.tile_run,
         plan.run_head,
         plan.run_page,

@@ -58,7 +58,7 @@ def index_prefill() -> None:
     np.testing.assert_array_equal(jax.jit(score)(*batch.index_args), batch.scores())
     # Windows of one CTA and windows of several.
     for config in (
-        choosing_prefill.TuningConfig(2, piece_cost=0),
+        choosing_prefill.TuningConfig(2, piece_cost=1),
         choosing_prefill.TuningConfig(5, piece_cost=2),
     ):
         choose = functools.partial(index._topk_prefill, **batch.sizes.choice, config=config, interpret=RACES)
@@ -81,7 +81,7 @@ def index_candidates() -> None:
 def choose_special_scores() -> None:
     """Every way through the choice: ties, zeros of both signs, infinities, NaN; in the last column a lane has the best.
 
-    One warpgroup, several, a cluster of several CTAs, more CTAs than a cluster has.
+    One CTA, a cluster of several, more than a cluster has; with and without a first choice by each warp.
     """
     blocks, columns = 288, 8
     rng = np.random.default_rng(0)
@@ -91,8 +91,8 @@ def choose_special_scores() -> None:
     scores[:, :, -1] = np.minimum(scores[:, :, -1], 5e37)
     positions = np.array([287 * 128 + 5, -1], np.int32)
     ordered = np.nan_to_num(np.where(np.isnan(scores), -np.inf, scores))
-    for chunk, warpgroups in ((288, 1), (96, 4), (96, 2), (32, 1)):
-        config = choosing.TuningConfig(chunk, warpgroups)
+    for chunk in (96, 32, 16, 8):
+        config = choosing.TuningConfig(chunk)
         padded = np.pad(scores, ((0, 0), (0, -blocks % config.blocks), (0, 0)), constant_values=np.nan)
         choice = choosing.Choice(4, columns, Shares(blocks), 8, init_blocks=1, local_blocks=2)
         choose = jax.jit(functools.partial(choosing.choose, choice=choice, config=config, interpret=RACES))
