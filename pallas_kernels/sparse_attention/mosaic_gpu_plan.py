@@ -5,6 +5,7 @@ gathered in tiles of `TILE_PAIRS`, so that the page is read once for all of them
 page.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -16,15 +17,19 @@ from pallas_kernels.hopper import PAGE_SIZE
 TILE_PAIRS = 4
 # For the last key of a block that is seen, 0 to 127.
 LIMIT_BITS = 7
+# Numbers of which each is compared with each.
+_FEW = 2049
 
 
 class Plan(NamedTuple):
     """Tiles and runs of a call's pairs; pair (token * K + head) * C + slot.
 
-    units: i32[tiles * TILE_PAIRS], the token * K + head of each of a tile's pairs, 0 where there is none. limits:
-    i32[tiles], the last key of its block that each pair sees, LIMIT_BITS each, the first pair's lowest; what has no
-    pair sees all. tile_run: i32[tiles]. run_head, run_page, run_tail: i32[runs]; run_tail is the sequence that ends
-    within the page, or -1. num_tiles: i32[1]. places: i32[T * K * C], where each pair stands in `units`, -1 nowhere.
+    units: i32[tiles * TILE_PAIRS], the token * K + head of each of a tile's pairs. limits: i32[tiles], the last key of
+    its block that each pair sees, LIMIT_BITS each, the first pair's lowest. tile_run: i32[tiles], a tile's run << 1 |
+    whether any of its pairs does not see all of its block. A tile that is not full has pairs that are not its own.
+    run_head, run_page, run_tail: i32[runs]; run_tail is the sequence that ends within the page, or -1. Tiles and runs
+    behind the last mean nothing. ends: i32[keys], of which the last is the number of tiles. places: i32[T * K * C],
+    tile * TILE_PAIRS + number in it of each pair, -1 of one that takes no part.
     """
 
     units: Int32[Array, " 4*tiles"]
@@ -33,7 +38,7 @@ class Plan(NamedTuple):
     run_head: Int32[Array, " runs"]
     run_page: Int32[Array, " runs"]
     run_tail: Int32[Array, " runs"]
-    num_tiles: Int32[Array, " 1"]
+    ends: Int32[Array, " keys"]
     places: Int32[Array, " pairs"]
 
 
@@ -109,60 +114,75 @@ def plan(
     row_window = (jnp.arange(num_rows, dtype=jnp.int32) // window)[:, None, None]
     key = jnp.where(used, (head * num_windows + row_window) * num_items + item, num_keys).reshape(-1)
     limit = jnp.minimum(position[:, None, None] - block * PAGE_SIZE, PAGE_SIZE - 1).reshape(-1)
-
-    key, pair = _sort(key, num_keys)
-    # Scatters at the ends of each key's stretch: searchsorted is a loop of kernels.
     number = jnp.arange(num_pairs, dtype=jnp.int32)
-    is_first = jnp.concatenate([jnp.ones((1,), bool), key[1:] != key[:-1]])
-    is_last = jnp.concatenate([key[1:] != key[:-1], jnp.ones((1,), bool)])
-    nothing = jnp.zeros((num_keys,), jnp.int32)
-    starts = nothing.at[jnp.where(is_first, key, num_keys)].set(number, mode="drop")
-    counts = nothing.at[jnp.where(is_last, key, num_keys)].set(number + 1, mode="drop") - starts
-    tiles_of = (counts + TILE_PAIRS - 1) // TILE_PAIRS
-    ends = _running_sum(tiles_of)
-    first_tiles = ends - tiles_of
+    words = (number << LIMIT_BITS) | jnp.where(key < num_keys, limit, PAGE_SIZE - 1)
 
+    key, words = _sort(key, words, num_keys)
     takes_part = key < num_keys
     of = jnp.minimum(key, num_keys - 1)
-    place = (first_tiles * TILE_PAIRS - starts)[of] + number
-    place = jnp.where(takes_part, place, max_tiles * TILE_PAIRS)
-    words = jnp.full((max_tiles * TILE_PAIRS,), PAGE_SIZE - 1, jnp.int32)
-    words = words.at[place].set((pair << LIMIT_BITS) | limit[pair], mode="drop", unique_indices=True)
-    limits = (words & (PAGE_SIZE - 1)).reshape(-1, TILE_PAIRS) << (LIMIT_BITS * jnp.arange(TILE_PAIRS, dtype=jnp.int32))
-    places = jnp.zeros((num_pairs,), jnp.int32)
+    # A scatter of where each key begins: searchsorted is a loop of kernels. A key that is not there begins where the
+    # next one does.
+    is_first = jnp.concatenate([jnp.ones((1,), bool), key[1:] != key[:-1]])
+    starts = jnp.full((num_keys + 1,), num_pairs, jnp.int32).at[jnp.where(is_first, key, num_keys + 1)]
+    starts = _least_from(starts.set(number, mode="drop"))
+    counts = starts[1:] - starts[:-1]
+    tiles_of = (counts + TILE_PAIRS - 1) // TILE_PAIRS
+    ends = _running_sum(tiles_of)
+    place = ((ends - tiles_of) * TILE_PAIRS - starts[:-1])[of] + number
+    pair = words >> LIMIT_BITS
+    places = lax.empty((num_pairs,), jnp.int32)
     places = places.at[pair].set(jnp.where(takes_part, place, -1), unique_indices=True)
 
     keys = jnp.arange(num_keys, dtype=jnp.int32)
     run_of_key = _running_sum((counts > 0).astype(jnp.int32)) - 1
     run = jnp.where(counts > 0, run_of_key, num_runs)
-    key_of_run = jnp.zeros((num_runs,), jnp.int32).at[run].set(keys, mode="drop")
+    key_of_run = lax.empty((num_runs,), jnp.int32).at[run].set(keys, mode="drop")
     # By every pair of a tile, with one value: a cumulative sum over the tiles is four kernels.
-    tile_run = jnp.zeros((max_tiles,), jnp.int32).at[place // TILE_PAIRS].set(run_of_key[of], mode="drop")
+    tile = jnp.where(takes_part, place // TILE_PAIRS, max_tiles)
+    of_tile = jnp.stack([number - place % TILE_PAIRS, run_of_key[of]], axis=1)
+    tiles = lax.empty((max_tiles, 2), jnp.int32).at[tile].set(of_tile, mode="drop")
+    start, run = tiles.T
+
+    def words_from(start):
+        return words.at[jnp.clip(start, 0, num_pairs - 1)].get(mode="promise_in_bounds")
+
+    each = jnp.arange(max_tiles * TILE_PAIRS, dtype=jnp.int32)
+    limits = [words_from(start + i) & (PAGE_SIZE - 1) for i in range(TILE_PAIRS)]
+    is_cut = functools.reduce(jnp.minimum, limits) < PAGE_SIZE - 1
     item_of_run = key_of_run % num_items
     return Plan(
-        units=(words >> LIMIT_BITS) // top_k,
-        limits=jnp.sum(limits, axis=1, dtype=jnp.int32),
-        tile_run=tile_run,
+        units=lax.div(words_from(tiles[lax.div(each, TILE_PAIRS), 0] + each % TILE_PAIRS) >> LIMIT_BITS, top_k),
+        limits=functools.reduce(jnp.bitwise_or, [limit << (i * LIMIT_BITS) for i, limit in enumerate(limits)]),
+        tile_run=(run << 1) | is_cut,
         run_head=key_of_run // (num_windows * num_items),
         run_page=items.page[item_of_run],
         run_tail=items.tail[item_of_run],
-        num_tiles=ends[-1:],
+        ends=ends,
         places=places,
     )
 
 
-def _sort(key: Int32[Array, " n"], largest: int) -> tuple[Int32[Array, " n"], Int32[Array, " n"]]:
-    """Keys in ascending order and where they were."""
-    number = jnp.arange(key.shape[0], dtype=jnp.int32)
+def _sort(
+    key: Int32[Array, " n"], words: Int32[Array, " n"], largest: int
+) -> tuple[Int32[Array, " n"], Int32[Array, " n"]]:
+    """Keys in ascending order, of equal ones the earlier ahead, and their words."""
     # A radix sort on the GPU, of which half the bits are half the passes.
     narrow = key.astype(jnp.uint16 if largest < 2**16 else jnp.uint32)
-    key, number = lax.sort((narrow, number), num_keys=1, is_stable=True)
-    return key.astype(jnp.int32), number
+    key, words = lax.sort((narrow, words), num_keys=1, is_stable=True)
+    return key.astype(jnp.int32), words
+
+
+def _least_from(values: Int32[Array, " n"]) -> Int32[Array, " n"]:
+    """Of each place the least value there or behind it; computed as `_running_sum` is."""
+    if values.shape[0] > _FEW:
+        return lax.cummin(values, reverse=True)
+    number = jnp.arange(values.shape[0], dtype=jnp.int32)
+    return jnp.min(jnp.where(number >= number[:, None], values, jnp.iinfo(jnp.int32).max), axis=1)
 
 
 def _running_sum(values: Int32[Array, " n"]) -> Int32[Array, " n"]:
     """By comparisons, in one reduction, where there are few; of many it is quicker in several steps."""
-    if values.shape[0] > 2048:
+    if values.shape[0] > _FEW:
         return jnp.cumsum(values, dtype=jnp.int32)
     number = jnp.arange(values.shape[0], dtype=jnp.int32)
     return jnp.sum(jnp.where(number <= number[:, None], values, 0), axis=1, dtype=jnp.int32)

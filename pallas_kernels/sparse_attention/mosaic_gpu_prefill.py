@@ -92,7 +92,7 @@ def attend_prefill(
         run_head_gmem,
         run_page_gmem,
         run_tail_gmem,
-        num_tiles_gmem,
+        ends_gmem,
         out_gmem,
         stats_gmem,
         q_smem,
@@ -108,7 +108,7 @@ def attend_prefill(
         *weights_smem,
     ):
         wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
-        num_tiles = num_tiles_gmem[0]
+        num_tiles = ends_gmem[plan.ends.shape[0] - 1]
         # Rounds in which every CTA takes a chunk, and equal shares of what is left.
         round_size = jnp.int32(config.ctas * config.chunk)
         rounds, rest = lax.div(num_tiles, round_size), lax.rem(num_tiles, round_size)
@@ -122,22 +122,27 @@ def attend_prefill(
             first = chunk * round_size + cta * jnp.where(chunk < rounds, config.chunk, share)
             return jnp.clip(first + within, 0, max_tiles - 1)
 
+        def run_of(tile_run):
+            return lax.shift_right_logical(tile_run, jnp.int32(1))
+
         def runs_of(chunk):
             """The first and the last run of the CTA's chunk, and 0 and -1 of one behind the last."""
             first = jnp.minimum(chunk * config.chunk, count)
             end = jnp.minimum(first + config.chunk, count)
-            first_run, last_run = tile_run_gmem[tile_of(first)], tile_run_gmem[tile_of(end - 1)]
+            first_run, last_run = run_of(tile_run_gmem[tile_of(first)]), run_of(tile_run_gmem[tile_of(end - 1)])
             return jnp.where(end > first, first_run, 0), jnp.where(end > first, last_run, -1)
 
         def produce_queries():
             def units_of(i):
-                return tuple(units_gmem[tile_of(i) * TILE_PAIRS + r] for r in range(TILE_PAIRS))
+                tile = tile_of(i)
+                return tuple(units_gmem[tile * TILE_PAIRS + r] for r in range(TILE_PAIRS))
 
             def step(i, units):
+                # It comes from memory.
+                following = units_of(i + 1)
                 consumer = lax.rem(i, jnp.int32(_WARPGROUPS))
                 turn = lax.div(i, jnp.int32(_WARPGROUPS))
                 slot = consumer * _TILES + lax.rem(turn, jnp.int32(_TILES))
-                following = units_of(i + 1)
 
                 @pl.when(turn >= _TILES)
                 def _():
@@ -205,10 +210,9 @@ def attend_prefill(
             plgpu.set_max_registers(160, action="increase")
             own_count = jnp.maximum(lax.div(count - wg + (_WARPGROUPS - 1), jnp.int32(_WARPGROUPS)), 0)
 
-            def describe(i):
-                """Limits and run of the warpgroup's tile i."""
-                tile = tile_of(wg + i * _WARPGROUPS)
-                return limits_gmem[tile], tile_run_gmem[tile]
+            def number_of(i):
+                """Of the warpgroup's tile i."""
+                return tile_of(wg + i * _WARPGROUPS)
 
             def slot_of(i):
                 return wg * _TILES + lax.rem(i, jnp.int32(_TILES))
@@ -223,9 +227,11 @@ def attend_prefill(
 
                 lax.fori_loop(visit, to, step, None)
 
-            def mask(logits, packed_limits):
+            def mask(logits, tile):
+                # Read when it is needed, which is seldom: each read that every warp waits for is felt.
+                packed = limits_gmem[tile]
                 limits = [
-                    lax.shift_right_logical(packed_limits, jnp.int32(r * LIMIT_BITS)) & jnp.int32(PAGE_SIZE - 1)
+                    lax.shift_right_logical(packed, jnp.int32(r * LIMIT_BITS)) & jnp.int32(PAGE_SIZE - 1)
                     for r in range(TILE_PAIRS)
                 ]
                 row = plgpu.broadcasted_iota(jnp.int32, logits.shape, 0, layout=_WGMMA)
@@ -237,10 +243,11 @@ def attend_prefill(
 
             def step(i, carry, ahead):
                 """Tile i, of a chunk in which visits are so far ahead of runs."""
-                visit, (limits, run), next_tile = carry
+                visit, tile_run, next_tile_run = carry
                 # Two tiles ahead, since it comes from memory.
-                after_next = describe(i + 2)
-                this_visit = run + ahead
+                following = next_tile_run, tile_run_gmem[number_of(i + 2)]
+                number = number_of(i)
+                this_visit = run_of(tile_run) + ahead
                 go_on(visit, this_visit)
                 page = lax.rem(this_visit, jnp.int32(_PAGES))
                 plgpu.barrier_wait(q_barrier.at[slot_of(i)])
@@ -258,8 +265,8 @@ def attend_prefill(
                 def _():
                     plgpu.barrier_arrive(q_free.at[slot_of(i + 1)])
 
-                is_cut = limits != (1 << TILE_PAIRS * LIMIT_BITS) - 1
-                logits = lax.cond(is_cut, mask, lambda logits, _: logits, logits, limits)
+                is_cut = (tile_run & jnp.int32(1)) > 0
+                logits = lax.cond(is_cut, mask, lambda logits, _: logits, logits, number)
                 largest = logits.max(axis=1)
                 # The difference first: scaled huge logits are not exact, and the largest must weigh 1.
                 weights = jnp.exp2((logits - lax.broadcast_in_dim(largest, logits.shape, [0])) * factor)
@@ -281,12 +288,11 @@ def attend_prefill(
                 stats_smem.at[wg, 0][...] = largest
                 stats_smem.at[wg, 1][...] = total
                 plgpu.commit_smem()
-                number = tile_of(wg + i * _WARPGROUPS)
                 plgpu.copy_smem_to_gmem(q_smem.at[slot_of(i)], out_gmem.at[number], commit_group=False)
                 # The tile's as one: apart, to where each pair is merged, they take 100 us of 8,192 tokens' 1,080.
                 plgpu.copy_smem_to_gmem(stats_smem.at[wg], stats_gmem.at[number + 1], commit_group=False)
                 plgpu.commit_smem_to_gmem_group()
-                return this_visit, next_tile, after_next
+                return this_visit, *following
 
             def over_chunk(chunk, carry):
                 visits, (first_run, last_run), *state = carry
@@ -301,8 +307,8 @@ def attend_prefill(
                 plgpu.barrier_wait(k_barrier.at[0])
                 plgpu.barrier_wait(v_barrier.at[0])
 
-            zero = jnp.int32(0)
-            start = (zero, runs_of(zero), zero, describe(zero), describe(jnp.int32(1)))
+            tile_runs = [tile_run_gmem[number_of(jnp.int32(i))] for i in range(2)]
+            start = (jnp.int32(0), runs_of(jnp.int32(0)), jnp.int32(0), *tile_runs)
             visits, _, visit, *_ = lax.fori_loop(0, num_chunks, over_chunk, start)
             go_on(visit, visits - 1)
             plgpu.wait_smem_to_gmem(0)
@@ -347,5 +353,5 @@ def attend_prefill(
         plan.run_head,
         plan.run_page,
         plan.run_tail,
-        plan.num_tiles,
+        plan.ends,
     )

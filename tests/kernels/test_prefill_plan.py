@@ -42,10 +42,10 @@ def test_plan(sequences: int, width: int, num_pages: int, window: int) -> None:
     rows_of = (jnp.asarray(block_ids), jnp.asarray(sequence), jnp.asarray(position))
     found = plan(*rows_of, jnp.asarray(table), items, window=window)
 
-    words, tile_run, places = (np.asarray(x) for x in (found.words, found.tile_run, found.places))
-    runs = [np.asarray(x) for x in (found.run_head, found.run_page, found.run_tail)]
-    assert np.array_equal(np.flatnonzero(words >= 0), np.sort(places[places >= 0]))
-    assert (words[found.num_tiles[0] * TILE_PAIRS :] < 0).all()
+    units, limits, tile_run, places = (np.asarray(x) for x in (*found[:3], found.places))
+    num_tiles = found.ends[-1]
+    runs = np.stack([found.run_head, found.run_page, found.run_tail], axis=1)
+    met, members = [], []
     for pair, place in enumerate(places):
         row, head, slot = np.unravel_index(pair, block_ids.shape)
         block = block_ids[row, head, slot]
@@ -53,11 +53,19 @@ def test_plan(sequences: int, width: int, num_pages: int, window: int) -> None:
         assert (place >= 0) == (0 <= block <= own)
         if place < 0:
             continue
-        assert words[place] >> LIMIT_BITS == pair
-        assert words[place] & ((1 << LIMIT_BITS) - 1) == min(position[row] - block * PAGE, PAGE - 1)
+        tile, number = divmod(place, TILE_PAIRS)
+        assert units[place] == row * heads + head
+        limit = (limits[tile] >> (number * LIMIT_BITS)) & (PAGE - 1)
+        assert limit == min(position[row] - block * PAGE, PAGE - 1)
+        run, is_cut = divmod(tile_run[tile], 2)
+        assert is_cut or limit == PAGE - 1
         item = sequence[row] * width + block if by_block else table[sequence[row], block]
-        run = tile_run[place // TILE_PAIRS]
-        assert [x[run] for x in runs] == [head, pages[item], tail[item]]
-    # One run for each page of a head and a window, in order, and no more tiles than their pairs fill.
-    met = [tile_run[place // TILE_PAIRS] for place in places if place >= 0]
-    assert found.num_tiles[0] == sum(-(-met.count(run) // TILE_PAIRS) for run in set(met))
+        assert list(runs[run]) == [head, pages[item], tail[item]]
+        met.append((run, (head, row // window, item)))
+        members.append(place)
+    assert len(set(members)) == len(members)
+    # One run for each page of a head and a window, in their order, and no more tiles than their pairs fill.
+    assert sorted(set(met)) == list(enumerate(sorted({where for _, where in met})))
+    sizes = np.bincount([run for run, _ in met])
+    assert num_tiles == np.sum(-(-sizes // TILE_PAIRS))
+    assert set(np.array(members) // TILE_PAIRS) == set(range(num_tiles))
