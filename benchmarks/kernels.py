@@ -1,6 +1,6 @@
 """Times of the kernels at the released model's sizes, beside the floor and, if given, vLLM's Triton kernels.
 
-    python benchmarks/kernels.py [--vllm FOLDER] [--cases TEXT] [--output benchmarks/results/kernels.json]
+    python benchmarks/kernels.py [--vllm FOLDER] [--cases TEXT] [--implementation triton] [--output FILE]
 
 FOLDER holds index_topk.py and sparse_attn.py out of a vLLM wheel (vllm/models/minimax_m3/common/ops of 0.33.0).
 A case is run over several block tables of one pool of pages, together larger than the L2 cache, in one jitted call
@@ -156,6 +156,7 @@ CASES: tuple[Decode | Prefill, ...] = (
 COMPILED = ((Decode(32, 16_384), Prefill(4096, 12_288)), (Decode(8, 65_536), Prefill(2048, 30_720)))
 MOST_COMPILE_S = 5.0
 COMPILERS = 8
+MOSAIC_GPU = "mosaic_gpu"
 # What the process with vLLM's kernels says when they are compiled.
 READY = "ready"
 
@@ -207,7 +208,7 @@ def inputs(case: Decode | Prefill) -> dict[str, Any]:
     }
 
 
-def operations(case: Decode | Prefill) -> tuple[Any, Any]:
+def operations(case: Decode | Prefill, implementation: str = MOSAIC_GPU) -> tuple[Any, Any]:
     """The choice of blocks and the attention."""
     import pallas_kernels as ops
 
@@ -215,14 +216,14 @@ def operations(case: Decode | Prefill) -> tuple[Any, Any]:
         topk, attend = ops.index_topk_decode, ops.sparse_attention_decode
     else:
         topk, attend = ops.index_topk_prefill, ops.sparse_attention_prefill
-    return functools.partial(topk, top_k=TOP_K, impl="mosaic_gpu"), functools.partial(attend, impl="mosaic_gpu")
+    return functools.partial(topk, top_k=TOP_K, impl=implementation), functools.partial(attend, impl=implementation)
 
 
-def calls(case: Decode | Prefill) -> dict[str, Callable[[dict[str, Any]], Any]]:
+def calls(case: Decode | Prefill, implementation: str = MOSAIC_GPU) -> dict[str, Callable[[dict[str, Any]], Any]]:
     """What is timed, as functions of `inputs` and, for the attention alone, of "ids": the chosen blocks."""
     import jax
 
-    topk, attend = operations(case)
+    topk, attend = operations(case, implementation)
 
     def index(a):
         return topk(a["index_q"], a["index_k"], a["tables"][0], *a["lengths"])
@@ -251,7 +252,7 @@ def shapes(case: Decode | Prefill) -> dict[str, Any]:
     return jax.eval_shape(functools.partial(inputs, case)) | {"ids": ids}
 
 
-def compile_all(cases: list[Decode | Prefill]) -> dict[tuple[Decode | Prefill, str], Any]:
+def compile_all(cases: list[Decode | Prefill], implementation: str) -> dict[tuple[Decode | Prefill, str], Any]:
     """Every call of the cases, compiled beside one another; cases that differ in nothing but values share theirs."""
     import jax
 
@@ -260,11 +261,12 @@ def compile_all(cases: list[Decode | Prefill]) -> dict[tuple[Decode | Prefill, s
     def compiled(case: Decode | Prefill, call: Callable[[dict[str, Any]], Any]) -> Any:
         return jax.jit(call, keep_unused=True).lower(shapes(case)).compile()
 
-    with ThreadPoolExecutor(COMPILERS) as pool:
+    # What launches Triton's kernels is not made for several threads.
+    with ThreadPoolExecutor(COMPILERS if implementation == MOSAIC_GPU else 1) as pool:
         futures = {
             (case, op): pool.submit(compiled, case, call)
             for case in dict.fromkeys(alike.values())
-            for op, call in calls(case).items()
+            for op, call in calls(case, implementation).items()
         }
     return {(case, op): futures[alike[case], op].result() for case in cases for op in calls(case)}
 
@@ -457,6 +459,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vllm", type=Path)
     parser.add_argument("--cases", nargs="*", default=[""], help="parts of the names of the cases to run")
+    parser.add_argument("--implementation", choices=(MOSAIC_GPU, "triton"), default=MOSAIC_GPU)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--only", choices=("vllm", "compile"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -474,13 +477,14 @@ def main() -> None:
     def say(text: str) -> None:
         print(f"{time.perf_counter() - started:4.0f} s: {text}", flush=True)
 
-    buckets = Part("--only", "compile").result() or []
+    is_mosaic_gpu = args.implementation == MOSAIC_GPU
+    buckets = (Part("--only", "compile").result() or []) if is_mosaic_gpu else []
     for bucket in buckets:
         say(f"{' and '.join(bucket['cases'])} compiled in {bucket['total']:.1f} s: {bucket['seconds']}")
     # Two frameworks do not share a GPU's memory well, but both compile for a minute before anything is timed.
     names = [case.name for case in cases]
     peer = Part("--only", "vllm", "--vllm", str(args.vllm), "--cases", *names) if args.vllm else None
-    compiled = compile_all(cases)
+    compiled = compile_all(cases, args.implementation)
     say("compiled everything")
     theirs = {}
     if peer:
@@ -492,7 +496,7 @@ def main() -> None:
     columns = ("floor", "vLLM", "goal", "call", "kernels")
     print(f"{'case':46} {'operation':10}" + "".join(f" {column:>8}" for column in columns) + " launches")
     for case in cases:
-        times, floors, goals = ours(case, compiled), case.floors(), case.goals()
+        times, floors, goals = ours(case, compiled), case.floors(), case.goals() if is_mosaic_gpu else {}
         for op, measured in times.items():
             peers, goal = theirs.get(case.name, {}).get(op), goals.get(op)
             results.append({"case": asdict(case), "name": case.name, "op": op, "floor": floors[op], "vllm": peers})

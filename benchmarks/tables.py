@@ -96,6 +96,27 @@ def kernels_table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def kernels_triton_table(record: dict[str, Any]) -> str:
+    """Times of `kernels_triton.json`."""
+    titles = {"both": "blocks and attention", "index": "blocks", "attention": "attention"}
+    rows, ratios = [], []
+    for result in record["results"]:
+        ratios.append(result["kernels"] / result["vllm"])
+        times = f"{result['vllm']:,.1f} | {result['kernels']:,.1f} | {ratios[-1]:.2f}"
+        rows.append(f"| {result['name']} | {titles[result['op']]} | {times} |")
+    environment = record["environment"]
+    return "\n".join(
+        [
+            "| case | operation | vLLM 0.33 | jax-triton, kernels | ours / vLLM |",
+            "|---|---|---|---|---|",
+            *rows,
+            "",
+            f"Microseconds on one {environment['device']}, {environment['date']}, `{environment['command']}`. "
+            f"The slowest takes {max(ratios):.2f} times as long as vLLM's (goal 1.3).",
+        ]
+    )
+
+
 def moe_table(record: dict[str, Any]) -> str:
     """Times of `moe.json`: the routed experts of one layer."""
     rows = []
@@ -203,6 +224,7 @@ def meshes_table(record: dict[str, Any]) -> str:
 TABLES = {
     "convert": convert_table,
     "kernels": kernels_table,
+    "kernels_triton": kernels_triton_table,
     "moe": moe_table,
     "decode_step": decode_step_table,
     "meshes": meshes_table,

@@ -299,8 +299,8 @@ def attend_prefill(
                 following = runs_of(chunk + 1)
                 first = chunk * (config.chunk // _WARPGROUPS)
                 end = jnp.minimum(first + config.chunk // _WARPGROUPS, own_count)
-                state = lax.fori_loop(first, end, functools.partial(step, ahead=visits - first_run), tuple(state))
-                return visits + last_run - first_run + 1, following, *state
+                of_chunk = functools.partial(step, ahead=visits - first_run)
+                return visits + last_run - first_run + 1, following, *lax.fori_loop(first, end, of_chunk, tuple(state))
 
             @pl.when(count > 0)
             def _():
@@ -309,7 +309,7 @@ def attend_prefill(
 
             tile_runs = [tile_run_gmem[number_of(jnp.int32(i))] for i in range(2)]
             start = (jnp.int32(0), runs_of(jnp.int32(0)), jnp.int32(0), *tile_runs)
-            visits, _, visit, *_ = lax.fori_loop(0, num_chunks, over_chunk, start)
+            visits, _, visit = lax.fori_loop(0, num_chunks, over_chunk, start)[:3]
             go_on(visit, visits - 1)
             plgpu.wait_smem_to_gmem(0)
 
