@@ -134,4 +134,4 @@ def _divided(values, divisor: int):
 
 def _at(values, index):
     """values[index] without a case for what is out of bounds, which nothing here is."""
-    return values.at[index].get(mode="promise_in_bounds", wrap_negative_indices=False)
+    return jnp.asarray(values).at[index].get(mode="promise_in_bounds", wrap_negative_indices=False)

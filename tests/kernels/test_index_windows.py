@@ -31,3 +31,10 @@ def test_blocks_up_to_is_the_running_sum_of_what_windows_see(heads):
         for (skipped, extra), got in zip(about_windows, found, strict=True):
             expected = np.cumsum(np.where(seen > 0, np.maximum(seen - skipped, 0) + extra, 0))
             np.testing.assert_array_equal(got, expected)
+
+
+def test_windows_of_numpy_arrays():
+    lengths = [np.array(values, np.int32) for values in ([0, 700, 705], [700, 1205], [0, 1200])]
+    sizes = 64, 2, PAGE, TABLE_WIDTH
+    expected = jax.jit(lambda *lengths: windows(NUM_ROWS, *sizes, *lengths))(*lengths)
+    jax.tree.map(np.testing.assert_array_equal, windows(NUM_ROWS, *sizes, *lengths), expected)
