@@ -1,5 +1,7 @@
 """Windows of a prefill call of the indexer, and the blocks that they see in closed form."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,7 +36,7 @@ def test_blocks_up_to_is_the_running_sum_of_what_windows_see(heads):
 
 
 def test_windows_of_numpy_arrays():
-    lengths = [np.array(values, np.int32) for values in ([0, 700, 705], [700, 1205], [0, 1200])]
+    lengths: list[Any] = [np.array(values, np.int32) for values in ([0, 700, 705], [700, 1205], [0, 1200])]
     sizes = 64, 2, PAGE, TABLE_WIDTH
     expected = jax.jit(lambda *lengths: windows(NUM_ROWS, *sizes, *lengths))(*lengths)
     jax.tree.map(np.testing.assert_array_equal, windows(NUM_ROWS, *sizes, *lengths), expected)
