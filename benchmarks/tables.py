@@ -16,6 +16,8 @@ from kernels import MOST_COMPILE_S  # pyright: ignore[reportAttributeAccessIssue
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PLOT = RESULTS / "kernels.svg"
+# What an operation of `kernels.json` is called.
+TITLES = {"both": "blocks and attention", "index": "blocks", "attention": "attention"}
 
 
 def convert_table(record: dict[str, Any]) -> str:
@@ -47,7 +49,6 @@ def convert_table(record: dict[str, Any]) -> str:
 
 def kernels_table(record: dict[str, Any]) -> str:
     """Times of `kernels.json`: both operations of a decode step, and each of a prefill; then the compile times."""
-    titles = {"both": "blocks and attention", "index": "blocks", "attention": "attention"}
     results = [
         result
         for result in record["results"]
@@ -61,14 +62,14 @@ def kernels_table(record: dict[str, Any]) -> str:
     for result in results:
         goal, ours = result.get("goal"), result["kernels"]
         ratio = result["vllm"] / ours
-        ratios["decode" if result["op"] == "both" else f"prefill's {titles[result['op']]}"].append(ratio)
+        ratios["decode" if result["op"] == "both" else f"prefill's {TITLES[result['op']]}"].append(ratio)
         mark = ""
         if goal is not None:
             met.append(ours <= goal)
             mark = f"{goal:,.0f} {'met' if met[-1] else 'missed'}"
         times = (result["floor"], result["vllm"], ours, result["call"])
         shown = " | ".join(f"{time:,.1f}" for time in times)
-        rows.append(f"| {result['name']} | {titles[result['op']]} | {shown} | {ratio:.2f} | {mark} |")
+        rows.append(f"| {result['name']} | {TITLES[result['op']]} | {shown} | {ratio:.2f} | {mark} |")
     ranges = [f"{name} {min(values):.2f} to {max(values):.2f}" for name, values in ratios.items() if values]
     environment = record["environment"]
     lines = [
@@ -98,12 +99,11 @@ def kernels_table(record: dict[str, Any]) -> str:
 
 def kernels_triton_table(record: dict[str, Any]) -> str:
     """Times of `kernels_triton.json`."""
-    titles = {"both": "blocks and attention", "index": "blocks", "attention": "attention"}
     rows, ratios = [], []
     for result in record["results"]:
         ratios.append(result["kernels"] / result["vllm"])
         times = f"{result['vllm']:,.1f} | {result['kernels']:,.1f} | {ratios[-1]:.2f}"
-        rows.append(f"| {result['name']} | {titles[result['op']]} | {times} |")
+        rows.append(f"| {result['name']} | {TITLES[result['op']]} | {times} |")
     environment = record["environment"]
     return "\n".join(
         [

@@ -12,7 +12,7 @@ from pallas_kernels.derivatives import with_derivative_of
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.index_topk import reference
 from pallas_kernels.index_topk.masks import live_candidates, live_choice, only_visible
-from pallas_kernels.index_topk.mosaic_gpu_tiles import blocks_up_to, windows
+from pallas_kernels.index_topk.mosaic_gpu_tiles import Cut, blocks_up_to, windows
 from pallas_kernels.index_topk.shares import Shares, whole
 
 
@@ -121,14 +121,14 @@ def _choose_prefill(index_q, index_k, block_table, lengths, share, shares, *, co
 
     index_q, index_k = lax.stop_gradient((index_q, index_k))
     num_rows, num_heads, _ = index_q.shape
-    index_q, sizes = _padded(index_q, block_table)
-    window = windows(*sizes, *lengths)
+    index_q, cut = _padded(index_q, block_table)
+    window = windows(index_q.shape[0], cut, *lengths)
     num_windows = window.sequence.shape[0]
     if config is None:
         heuristic = choosing.TuningConfig()
         config = tuned.config("choose_pieces", heuristic, windows=num_windows, table_width=shares.width)
     choice = choosing.Choice(shares, **options)
-    ends = blocks_up_to(num_windows, choice.local_blocks, choice.piece_units(config), *sizes[1:], *lengths)
+    ends = blocks_up_to(num_windows, choice.local_blocks, choice.piece_units(config), cut, *lengths)
     chosen = choosing.choose_prefill(
         index_q,
         index_k,
@@ -156,8 +156,8 @@ def _score_prefill(index_q, index_k, block_table, cu_seqlens, seq_lens, context_
 
     table_width = block_table.shape[1]
     num_rows, num_heads, _ = index_q.shape
-    index_q, sizes = _padded(index_q, block_table)
-    window = windows(*sizes, cu_seqlens, seq_lens, context_lens)
+    index_q, cut = _padded(index_q, block_table)
+    window = windows(index_q.shape[0], cut, cu_seqlens, seq_lens, context_lens)
     num_windows = window.sequence.shape[0]
     heuristic = scoring.TuningConfig.heuristic(num_windows)
     config = tuned.config("score_prefill", heuristic, windows=num_windows, table_width=table_width)
@@ -168,7 +168,7 @@ def _score_prefill(index_q, index_k, block_table, cu_seqlens, seq_lens, context_
 
 
 def _padded(index_q, block_table):
-    """Queries padded to whole windows, and what the windows are cut by."""
+    """Queries padded to whole windows, and how these are cut."""
     from pallas_kernels.index_topk import mosaic_gpu_score_prefill as scoring
 
     num_rows, num_heads, _ = index_q.shape
@@ -176,7 +176,7 @@ def _padded(index_q, block_table):
     padded_rows = max(height, hopper.round_up(num_rows, alignment))
     if padded_rows > num_rows:
         index_q = jnp.pad(index_q, ((0, padded_rows - num_rows), (0, 0), (0, 0)))
-    return index_q, (padded_rows, height, alignment, hopper.PAGE_SIZE, block_table.shape[1])
+    return index_q, Cut(height, alignment, hopper.PAGE_SIZE, block_table.shape[1])
 
 
 index_score_prefill = Implementation(

@@ -18,6 +18,15 @@ from pallas_kernels import rows
 _DEAD = -(2**30)
 
 
+class Cut(NamedTuple):
+    """Rows of a window, what first rows are multiples of, slots of a page: powers of two. Blocks of the table."""
+
+    height: int
+    alignment: int
+    page_size: int
+    table_width: int
+
+
 class Windows(NamedTuple):
     """Windows of `height` rows, each of one sequence.
 
@@ -37,22 +46,17 @@ class Windows(NamedTuple):
 
 def windows(
     num_rows: int,
-    height: int,
-    alignment: int,
-    page_size: int,
-    table_width: int,
+    cut: Cut,
     cu_seqlens: Int32[Array, " B+1"],
     seq_lens: Int32[Array, " B"],
     context_lens: Int32[Array, " B"],
 ) -> Windows:
-    """Cut the live rows of a call into windows.
-
-    T and `height`, at most T, are multiples of `alignment`; but for T all sizes are powers of two.
-    """
+    """Cut the live rows of a call into windows. T is a multiple of the alignment, and at least a window's height."""
+    height, alignment, page_size, table_width = cut
     num_sequences = seq_lens.shape[0]
     # A sequence wastes less than `alignment` rows before its own and less than a window after them.
     num_windows = min((num_rows + num_sequences * (alignment + height - 2)) // height, num_rows)
-    counts, before, needed, ends = _cuts(height, alignment, cu_seqlens, seq_lens, context_lens)
+    counts, before, needed, ends = _needed(cut, cu_seqlens, seq_lens, context_lens)
     starts = ends - needed
 
     window = jnp.arange(num_windows, dtype=jnp.int32)
@@ -86,19 +90,17 @@ def blocks_up_to(
     num_windows: int,
     skipped: int,
     extra: int,
-    height: int,
-    alignment: int,
-    page_size: int,
-    table_width: int,
+    cut: Cut,
     cu_seqlens: Int32[Array, " B+1"],
     seq_lens: Int32[Array, " B"],
     context_lens: Int32[Array, " B"],
 ) -> Int32[Array, " windows"]:
     """Blocks that the windows up to each one see, `skipped` fewer for each, and `extra` more if it has own rows.
 
-    In closed form, so that one kernel computes all. The sizes are powers of two. Positions beyond the table may count.
+    In closed form, so that one kernel computes all. Positions beyond the table may count.
     """
-    counts, before, needed, ends = _cuts(height, alignment, cu_seqlens, seq_lens, context_lens)
+    height, _, page_size, table_width = cut
+    counts, before, needed, ends = _needed(cut, cu_seqlens, seq_lens, context_lens)
     context_lens = jnp.minimum(context_lens, table_width * page_size)
     # From one window to the next they are `step` blocks more, or they are one more after `step` windows; in units of
     # `unit` rows, a window counts `last` of them in the first case, and `last` / step rounded up in the second one.
@@ -119,11 +121,11 @@ def blocks_up_to(
     return jnp.sum(blocks, axis=1, dtype=jnp.int32)
 
 
-def _cuts(height, alignment, cu_seqlens, seq_lens, context_lens):
+def _needed(cut: Cut, cu_seqlens, seq_lens, context_lens):
     """Live rows of each sequence, rows before them in its first window, its windows, and those up to it: i32[B]."""
     counts = rows.live_counts(cu_seqlens, seq_lens, context_lens)
-    before = cu_seqlens[:-1] & (alignment - 1)
-    needed = jnp.where(counts > 0, _divided(before + counts, height), 0)
+    before = cu_seqlens[:-1] & (cut.alignment - 1)
+    needed = jnp.where(counts > 0, _divided(before + counts, cut.height), 0)
     return counts, before, needed, jnp.cumsum(needed, dtype=jnp.int32)
 
 

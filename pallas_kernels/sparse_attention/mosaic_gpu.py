@@ -88,8 +88,8 @@ def _prefill(
     out = jax.new_ref(lax.empty((num_rows * kv_heads, hopper.GROUP, hopper.DIM), q.dtype))
     for first in range(0, num_rows, at_a_time):
         end = min(first + at_a_time, num_rows)
-        window = slice(first, end)
-        of_rows = (block_ids[window], rows.sequence[window], rows.position[window])
+        part = slice(first, end)
+        of_rows = (block_ids[part], rows.sequence[part], rows.position[part])
         plan = planning.plan(*of_rows, block_table, items, window=config.window)
         partials, stats = attending.attend_prefill(
             q,

@@ -2,7 +2,7 @@
 
 A pair is a (token, KV head, slot) that chose a block. Pairs of one KV head that chose the same page are
 gathered in tiles of `TILE_PAIRS`, so that the page is read once for all of them. A run is the row of tiles of one
-page.
+page, of the pairs of some consecutive rows: a window, whose queries are so met again while they are still near by.
 """
 
 import functools
@@ -93,9 +93,9 @@ def plan(
     *,
     window: int,
 ) -> Plan:
-    """Sort the pairs of some rows by (KV head, window, item) and cut each item's into tiles.
+    """Sort the pairs by (KV head, window of so many rows, item) and cut each such run into tiles.
 
-    window: rows whose queries come again and again while a window's pairs are worked at. T * K * C is below 2**24.
+    T * K * C is below 2**24.
     """
     num_rows, kv_heads, top_k = block_ids.shape
     num_items, num_windows = items.page.shape[0], -(-num_rows // window)
@@ -113,9 +113,10 @@ def plan(
     head = jnp.arange(kv_heads, dtype=jnp.int32)[:, None]
     row_window = (jnp.arange(num_rows, dtype=jnp.int32) // window)[:, None, None]
     key = jnp.where(used, (head * num_windows + row_window) * num_items + item, num_keys).reshape(-1)
-    limit = jnp.minimum(position[:, None, None] - block * PAGE_SIZE, PAGE_SIZE - 1).reshape(-1)
+    limit = jnp.minimum(position[:, None, None] - block * PAGE_SIZE, PAGE_SIZE - 1)
+    limit = jnp.where(used, limit, PAGE_SIZE - 1).reshape(-1)
     number = jnp.arange(num_pairs, dtype=jnp.int32)
-    words = (number << LIMIT_BITS) | jnp.where(key < num_keys, limit, PAGE_SIZE - 1)
+    words = (number << LIMIT_BITS) | limit
 
     key, words = _sort(key, words, num_keys)
     takes_part = key < num_keys
@@ -151,7 +152,7 @@ def plan(
     is_cut = functools.reduce(jnp.minimum, limits) < PAGE_SIZE - 1
     item_of_run = key_of_run % num_items
     return Plan(
-        units=lax.div(words_from(tiles[lax.div(each, TILE_PAIRS), 0] + each % TILE_PAIRS) >> LIMIT_BITS, top_k),
+        units=lax.div(words_from(start[lax.div(each, TILE_PAIRS)] + each % TILE_PAIRS) >> LIMIT_BITS, top_k),
         limits=functools.reduce(jnp.bitwise_or, [limit << (i * LIMIT_BITS) for i, limit in enumerate(limits)]),
         tile_run=(run << 1) | is_cut,
         run_head=key_of_run // (num_windows * num_items),

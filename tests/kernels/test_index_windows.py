@@ -7,19 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.index_topk.mosaic_gpu_tiles import blocks_up_to, windows
+from pallas_kernels.index_topk.mosaic_gpu_tiles import Cut, blocks_up_to, windows
 
 PAGE, TABLE_WIDTH, NUM_ROWS = 128, 50, 2048
 
 
 @pytest.mark.parametrize("heads", [1, 2, 4])
 def test_blocks_up_to_is_the_running_sum_of_what_windows_see(heads):
-    sizes = 256 // heads, 8 // heads, PAGE, TABLE_WIDTH
+    cut = Cut(256 // heads, 8 // heads, PAGE, TABLE_WIDTH)
 
     @jax.jit
     def compute(*lengths):
-        seen = windows(NUM_ROWS, *sizes, *lengths).num_blocks
-        return seen, [blocks_up_to(seen.shape[0], *about, *sizes, *lengths) for about in about_windows]
+        seen = windows(NUM_ROWS, cut, *lengths).num_blocks
+        return seen, [blocks_up_to(seen.shape[0], *about, cut, *lengths) for about in about_windows]
 
     about_windows = ((0, 1), (1, 2), (3, 1))
     rng = np.random.default_rng(heads)
@@ -37,6 +37,6 @@ def test_blocks_up_to_is_the_running_sum_of_what_windows_see(heads):
 
 def test_windows_of_numpy_arrays():
     lengths: list[Any] = [np.array(values, np.int32) for values in ([0, 700, 705], [700, 1205], [0, 1200])]
-    sizes = 64, 2, PAGE, TABLE_WIDTH
-    expected = jax.jit(lambda *lengths: windows(NUM_ROWS, *sizes, *lengths))(*lengths)
-    jax.tree.map(np.testing.assert_array_equal, windows(NUM_ROWS, *sizes, *lengths), expected)
+    cut = Cut(64, 2, PAGE, TABLE_WIDTH)
+    expected = jax.jit(lambda *lengths: windows(NUM_ROWS, cut, *lengths))(*lengths)
+    jax.tree.map(np.testing.assert_array_equal, windows(NUM_ROWS, cut, *lengths), expected)
