@@ -20,9 +20,9 @@ def keys_of(scores: Float32[Array, "*n"]) -> Int32[Array, "*n"]:
     bits = lax.bitcast_convert_type(scores, jnp.int32)
     # Negative floats order backwards as integers; -0 would come out as -1 and is lifted to +0's 0.
     key = jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
-    key = jnp.where(key == -1, jnp.int32(0), key)
+    key = jnp.where(key != -1, key, jnp.int32(0))
     # NaN: beyond the infinities; a negative one is clamped as it is.
-    key = jnp.where(key > jnp.int32(_INFINITY), jnp.int32(_LOWEST_FINITE), key)
+    key = jnp.where(key <= jnp.int32(_INFINITY), key, jnp.int32(_LOWEST_FINITE))
     return jnp.minimum(jnp.maximum(key, jnp.int32(_LOWEST_FINITE)), jnp.int32(_LARGEST_FINITE))
 
 

@@ -23,8 +23,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import PAGE_SIZE, round_up
 from pallas_kernels.index_topk import keys
-from pallas_kernels.index_topk.mosaic_gpu_lists import nothing
+from pallas_kernels.index_topk.mosaic_gpu_lists import filled, nothing
 from pallas_kernels.index_topk.shares import Shares
+from pallas_kernels.mosaic import compiler_params
 
 _WARPS, _LANES = 4, 32
 _LARGEST_CHUNK = 256
@@ -132,17 +133,22 @@ def _load(ref, layout: Any = _LAYOUT):
     return plgpu.load(ref, layout=layout, optimized=False)
 
 
+def _spread(vector, shape, axis: int, layout: Any):
+    """A vector along one axis of a shape."""
+    return plgpu.layout_cast(lax.broadcast_in_dim(vector, shape, [axis]), layout)
+
+
 def _key(scores, block, own, choice: Choice):
     """Keys of scores of blocks, of the same shape, given the column's own block."""
     forced = block > own - choice.local_blocks
     if choice.init_blocks:
         forced = jnp.logical_or(forced, block < choice.init_blocks)
-    key = jnp.where(forced, jnp.int32(keys.FORCED), keys.keys_of(scores))
+    key = jnp.where(jnp.logical_not(forced), keys.keys_of(scores), jnp.int32(keys.FORCED))
     return jnp.where(block <= own, key, jnp.int32(keys.INVISIBLE))
 
 
 def _nothing(tiles: int):
-    return nothing(tiles * _LANES, _WARPS)
+    return nothing(tiles * _LANES, _WARPS, layout=_LAYOUT)
 
 
 def _exchanged(earlier, later):
@@ -203,7 +209,7 @@ def _winners(best, count: int, found_smem):
         return (odd, rest) if odd else (rest, ())
 
     def over_rows(vector):
-        return lax.broadcast_in_dim(vector, (_LANES, _WARPS), [1])
+        return _spread(vector, (_LANES, _WARPS), 1, _LAYOUT)
 
     def step(j, best):
         first_keys, first_ranks = (_tiles(values, 0, 1) for values in best[0])
@@ -231,29 +237,22 @@ def _ranked(count: int, found_smem, places_smem, places: int, with_keys: bool):
     places_smem: i32[count or more]. count: a multiple of 32. places: a multiple of 4.
     """
 
-    def spread(parts, shape, axis: int):
-        """Along one axis of a shape. The layout is its user's: the compiler tries out each that it is told."""
-        values = [plgpu.load(ref, optimized=False) for ref in parts]
-        return lax.broadcast_in_dim(jnp.concatenate(values) if len(values) > 1 else values[0], shape, [axis])
+    def read(ref, shape, axis: int, layout: Any):
+        """Along one axis of a shape."""
+        return _spread(_load(ref.at[pl.ds(0, count)], layout.reduce(1 - axis)), shape, axis, layout)
 
-    def pairs(parts, axis: int):
-        return plgpu.layout_cast(spread(parts, (count, count), axis), _PAIRS)
-
-    whole, half = pl.ds(0, count), count // 2
-    key, rank = (pairs([ref.at[whole]], 0) for ref in found_smem)
-    # In halves: the compiler takes two reads of the same for one, which has one layout.
-    halves = [pl.ds(0, half), pl.ds(half, half)]
-    other_key, other_rank = (pairs([ref.at[part] for part in halves], 1) for ref in found_smem)
+    key, rank = (read(ref, (count, count), 0, _PAIRS) for ref in found_smem)
+    other_key, other_rank = (read(ref, (count, count), 1, _PAIRS) for ref in found_smem)
     better = jnp.logical_or(other_key > key, jnp.logical_and(other_key == key, other_rank > rank))
-    places_smem.at[whole][...] = better.astype(jnp.int32).sum(axis=1)
+    places_smem.at[pl.ds(0, count)][...] = better.astype(jnp.int32).sum(axis=1)
     plgpu.commit_smem()
     # Each warp looks for those at places of its own.
     shape = (count, places)
     wanted = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=_LAYOUT)
-    here = spread([places_smem.at[whole]], shape, 0) == wanted
+    here = read(places_smem, shape, 0, _LAYOUT) == wanted
 
     def at_places(ref, otherwise):
-        return jnp.where(here, spread([ref.at[whole]], shape, 0), jnp.int32(otherwise)).max(axis=0)
+        return jnp.where(here, read(ref, shape, 0, _LAYOUT), jnp.int32(otherwise)).max(axis=0)
 
     return at_places(found_smem[0], keys.INVISIBLE) if with_keys else None, at_places(found_smem[1], -1)
 
@@ -335,7 +334,7 @@ def _choose_scores(scores, positions, share, *, choice: Choice, config: TuningCo
 
         def of_cta(which, i):
             ref = plgpu.cluster_ref(refs[which], {"cta": i}) if others is None else others[which].at[slab, column, i]
-            return plgpu.load(ref, optimized=False)
+            return _load(ref, _LAYOUT.reduce(0))
 
         arrive()
         plgpu.barrier_wait(barrier)
@@ -345,9 +344,8 @@ def _choose_scores(scores, positions, share, *, choice: Choice, config: TuningCo
             for which, no in enumerate((keys.INVISIBLE, -1)):
                 parts = [of_cta(which, i) for i in range(ctas)]
                 if rest := in_cluster - ctas * top_k:
-                    parts.append(jnp.full((rest,), no, jnp.int32))
-                joined = plgpu.layout_cast(jnp.concatenate(parts), _LAYOUT.reduce(0))
-                found_smem[which].at[pl.ds(0, in_cluster)][...] = joined
+                    parts.append(filled((rest,), no, _LAYOUT.reduce(0)))
+                found_smem[which].at[pl.ds(0, in_cluster)][...] = jnp.concatenate(parts)
 
         # Nobody leaves before that has been read.
         arrive()
@@ -379,7 +377,7 @@ def _choose_scores(scores, positions, share, *, choice: Choice, config: TuningCo
         **grid,
         scratch_types=scratch,
         # Else a barrier before and behind each thing that is written.
-        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+        compiler_params=compiler_params(unsafe_no_auto_barriers=True),
         **({} if interpret is None else {"interpret": interpret}),
     )(scores.reshape(slabs, ctas, *(() if few else (_WARPS,)), -1, width), positions, share)
 
@@ -406,6 +404,6 @@ def _choose_found(all_keys, ranks, share, *, choice: Choice, blocks: int, ctas: 
         grid=(slabs, columns),
         grid_names=("slab", "column"),
         scratch_types=[plgpu.SMEM((_kept(top_k) * _WARPS,), jnp.int32)] * 3,
-        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+        compiler_params=compiler_params(unsafe_no_auto_barriers=True),
         **({} if interpret is None else {"interpret": interpret}),
     )(*(values.reshape(slabs, columns, _WARPS, chunk) for values in (all_keys, ranks)), share)

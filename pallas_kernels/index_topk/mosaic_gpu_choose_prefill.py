@@ -23,9 +23,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import DIM, PAGE_SIZE
 from pallas_kernels.index_topk import keys
-from pallas_kernels.index_topk.mosaic_gpu_lists import insert, nothing, only
+from pallas_kernels.index_topk.mosaic_gpu_lists import filled, insert, nothing, only
 from pallas_kernels.index_topk.mosaic_gpu_score_prefill import ALIGNMENT, WIDTH
 from pallas_kernels.index_topk.shares import Shares
+from pallas_kernels.mosaic import compiler_params
 
 _TILE = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 _WARPGROUPS = 2
@@ -305,7 +306,7 @@ def _choose_pieces(
                         least = jnp.where(block < choice.init_blocks, shares.table_width, least)
                     # Neither invisible nor in the list from the start.
                     key = jnp.where(own - block >= least, key, jnp.int32(keys.INVISIBLE))
-                    return insert(best, key, block)
+                    return insert(best, key, block, _LAYOUT)
 
                 found = lax.fori_loop(0, count, step, start)
                 plgpu.barrier_arrive(q_free.at[q_slot])
@@ -331,7 +332,7 @@ def _choose_pieces(
             plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=2),
             plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=stages),
         ],
-        compiler_params=plgpu.CompilerParams(reduction_scratch_bytes=0),
+        compiler_params=compiler_params(reduction_scratch_bytes=0),
         **({} if interpret is None else {"interpret": interpret}),
     )(
         index_q.reshape(num_rows * num_heads, DIM),
@@ -356,15 +357,18 @@ def _forced(own, is_first, share, choice: Choice):
     least = jnp.where(is_first, 0, shares.table_width)
     for number in range(init_blocks + choice.local_blocks):
         if number < init_blocks:
-            block, chosen = jnp.full((_ROWS,), number, jnp.int32), own >= least + number
+            block, chosen = filled((_ROWS,), number, _LAYOUT), own >= least + number
         else:
             block = own - (init_blocks + choice.local_blocks - 1 - number)
             chosen = block >= jnp.maximum(least, init_blocks)
         if shares.number > 1:
             chosen = jnp.logical_and(chosen, lax.rem(block - share, jnp.int32(shares.number)) == 0)
-        key = jnp.where(chosen, jnp.int32(keys.FORCED), jnp.int32(keys.INVISIBLE))
-        best = insert(best, key, block) if best else only(key, jnp.where(chosen, block, -1), choice.top_k)
-    return best or nothing(choice.top_k * _ROWS)
+        key = jnp.where(chosen, filled((_ROWS,), keys.FORCED, _LAYOUT), jnp.int32(keys.INVISIBLE))
+        if best:
+            best = insert(best, key, block, _LAYOUT)
+        else:
+            best = only(key, jnp.where(chosen, block, -1), choice.top_k, _LAYOUT)
+    return best or nothing(choice.top_k * _ROWS, layout=_LAYOUT)
 
 
 @functools.partial(jax.jit, static_argnames=("choice", "config", "interpret"))
@@ -397,7 +401,7 @@ def _merge_pieces(pieces, ends, *, choice: Choice, config: TuningConfig, interpr
         every = (slice(None),) * (steps - 1)
 
         def load(ref):
-            return plgpu.load(ref, optimized=False)
+            return plgpu.load(ref, layout=_LAYOUT, optimized=False)
 
         def best_half(half):
             return tuple(load(best_smem.at[part, half]) for part in range(2))
@@ -428,7 +432,7 @@ def _merge_pieces(pieces, ends, *, choice: Choice, config: TuningConfig, interpr
             halves = lax.fori_loop(0, jnp.where(first < last, steps, 0), lambda _, halves: step(rising, halves), halves)
             return halves, following
 
-        none = tuple(plgpu.layout_cast(values, _LAYOUT) for values in nothing(*entries[1:], _ROWS))
+        none = nothing(*entries[1:], _ROWS, layout=_LAYOUT)
         halves, _ = lax.fori_loop(first, last + 1, merge, ((none, none), found(first)))
         for half, values in enumerate(halves):
             for part, value in enumerate(values if choice.with_keys else values[1:]):
@@ -440,6 +444,7 @@ def _merge_pieces(pieces, ends, *, choice: Choice, config: TuningConfig, interpr
         grid=(num_windows, _WARPGROUPS),
         grid_names=("window", "wg"),
         scratch_types=[plgpu.SMEM((2, *entries, _ROWS), jnp.int32)],
+        compiler_params=compiler_params(),
         **({} if interpret is None else {"interpret": interpret}),
     )(pieces.reshape(*pieces.shape[:3], *entries, _ROWS), ends)
     return merged.reshape(*merged.shape[:2], top_k, WIDTH)

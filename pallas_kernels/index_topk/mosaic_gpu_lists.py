@@ -3,30 +3,42 @@
 Each operation is one on whole lists, since the time that a kernel's compilation takes grows with their number.
 """
 
+# jax does not export every name of Mosaic GPU.
+# pyright: reportPrivateImportUsage=false
+
+from typing import Any
+
 import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.index_topk import keys
 
 
-def nothing(*shape: int):
+def filled(shape: tuple[int, ...], value: Any, layout: Any):
+    """i32[shape] of one value; in a kernel with a layout as other arrays have, to which it could not be joined else."""
+    values = jnp.full(shape, value, jnp.int32)
+    return values if layout is None else plgpu.layout_cast(values, layout)
+
+
+def nothing(*shape: int, layout: Any = None):
     """Keys and numbers of lists without a block."""
-    return tuple(jnp.full(shape, value, jnp.int32) for value in (keys.INVISIBLE, -1))
+    return tuple(filled(shape, value, layout) for value in (keys.INVISIBLE, -1))
 
 
-def only(key, number, length: int):
+def only(key, number, length: int, layout: Any = None):
     """Lists (keys, numbers) i32[length * n] with one entry each, i32[n]."""
-    rest = nothing((length - 1) * key.shape[0])
+    rest = nothing((length - 1) * key.shape[0], layout=layout)
     return tuple(jnp.concatenate(parts) for parts in zip((key, number), rest, strict=True))
 
 
-def insert(best, key, number):
+def insert(best, key, number, layout: Any = None):
     """Lists (keys, numbers) i32[length * n] with one more entry, cut to their length; of equal keys the older is ahead.
 
     key: i32[n]. number: i32[n], or a scalar. length is a power of two.
     """
     width, size = key.shape[0], best[0].shape[0]
     key = repeated(key, size // width)
-    number = repeated(number, size // width) if jnp.ndim(number) else jnp.full((size,), number, jnp.int32)
+    number = repeated(number, size // width) if jnp.ndim(number) else filled((size,), number, layout)
     better = key > best[0]
 
     def inserted(values, new):

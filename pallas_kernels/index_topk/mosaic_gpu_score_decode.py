@@ -19,6 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import DIM, PAGE_SIZE, round_up
 from pallas_kernels.index_topk.shares import Shares
+from pallas_kernels.mosaic import compiler_params
 
 # Of 32 channels of 8 rows, a warp has 8, and a lane 2 of one row.
 _QUERIES = plgpu.Layout.TILED(plgpu.Tiling(((8, 32), (8, 8), (2,))), (-4,), (-3, -2), -1)
@@ -176,6 +177,6 @@ def score_decode(
             *([plgpu.SMEM((width, DIM), dtype)] if width > columns else []),
         ],
         # Without a barrier before and behind whatever is written.
-        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+        compiler_params=compiler_params(unsafe_no_auto_barriers=True),
         **({} if interpret is None else {"interpret": interpret}),
     )(queries, index_k, block_table, seq_lens, share)

@@ -23,6 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import DIM, PAGE_SIZE, round_up
+from pallas_kernels.mosaic import compiler_params
 from pallas_kernels.sparse_attention import mosaic_gpu_decode_merge as merging
 
 _TILE = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
@@ -87,6 +88,10 @@ class TuningConfig:
         return cls(shares=shares, stages=1)
 
 
+def _load(ref, layout: Any = _BY_CHANNEL):
+    return plgpu.load(ref, layout=layout, optimized=False)
+
+
 @functools.partial(jax.jit, static_argnames=("scale", "config", "interpret"))
 def attend_decode(q, k, v, block_ids, block_table, seq_lens, *, scale: float, config: TuningConfig, interpret: Any):
     """Attention [T, N, H] of q [T, N, H] to the pages of k and v [P, K, S, H] that block_ids [T, K, C] choose.
@@ -141,8 +146,10 @@ def attend_decode(q, k, v, block_ids, block_table, seq_lens, *, scale: float, co
         first_queries = [behind(i) * each + step * rows_at_a_time for i, step in places]
         # All that is read before anything is written, which the compiler takes for the same memory.
         queries_of = [pl.ds(first, rows_at_a_time) for first in first_queries]
-        partials = [partial_smem[rows] for rows in queries_of]
-        stats = [[plgpu.load(stats_smem.at[which, rows], optimized=False) for which in range(2)] for rows in queries_of]
+        partials = [_load(partial_smem.at[rows]) for rows in queries_of]
+        stats = [
+            [_load(stats_smem.at[which, rows], _BY_CHANNEL.reduce(1)) for which in range(2)] for rows in queries_of
+        ]
         for place, partial, of_place in zip(places, partials, stats, strict=True):
             array(*place, 0)[...] = partial
             for which, stat in enumerate(of_place):
@@ -154,15 +161,10 @@ def attend_decode(q, k, v, block_ids, block_table, seq_lens, *, scale: float, co
         for step in range(steps):
             # What the CTA i places behind has for this one, which stands shares - i places behind it.
             partials, maxima, totals = (
-                [
-                    plgpu.load(array((shares - i) % shares, step, which, behind(i)), optimized=False)
-                    for i in range(shares)
-                ]
+                [_load(array((shares - i) % shares, step, which, behind(i))) for i in range(shares)]
                 for which in range(3)
             )
-            # One layout settles all: the compiler tries out each that it is told.
-            by_channel = plgpu.Layout.WG_STRIDED((rows_at_a_time, DIM), 1)
-            largest = plgpu.layout_cast(functools.reduce(jnp.maximum, maxima), by_channel)
+            largest = functools.reduce(jnp.maximum, maxima)
             weights = [jnp.exp2((maximum - largest) * factor) for maximum in maxima]
             whole, acc = (
                 functools.reduce(jnp.add, [weight * value for weight, value in zip(weights, values, strict=True)])
@@ -287,7 +289,7 @@ def attend_decode(q, k, v, block_ids, block_table, seq_lens, *, scale: float, co
                     key = plgpu.broadcasted_iota(jnp.int32, (_ROWS, DIM), 0, layout=_WGMMA)
                     for first in range(0, PAGE_SIZE, _ROWS):
                         rows = v_smem.at[slot, pl.ds(first, _ROWS)]
-                        values = rows[...]
+                        values = plgpu.load(rows, layout=_WGMMA)
                         rows[...] = jnp.where(key + first < num_seen, values, jnp.zeros_like(values))
                     plgpu.commit_smem()
 
@@ -314,8 +316,8 @@ def attend_decode(q, k, v, block_ids, block_table, seq_lens, *, scale: float, co
                 load_k(first_pages[i], i)
                 load_v(first_pages[i], i)
 
-        nothing = jnp.zeros((PAGE_SIZE, height), jnp.float32)
-        largest = jnp.full((height,), _LOWEST, jnp.float32)
+        nothing = plgpu.layout_cast(jnp.zeros((PAGE_SIZE, height), jnp.float32), _WGMMA)
+        largest = plgpu.layout_cast(jnp.full((height,), _LOWEST, jnp.float32), _WGMMA.reduce(0))
         plgpu.barrier_wait(q_barrier)
         steps_over = count if together == 1 else (count > 0).astype(jnp.int32)
         carry = (nothing, largest, nothing, *first_pages[stages:])
@@ -388,7 +390,7 @@ def attend_decode(q, k, v, block_ids, block_table, seq_lens, *, scale: float, co
         **cluster,
         scratch_types=scratch,
         # Without a barrier before and behind whatever is written.
-        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+        compiler_params=compiler_params(approx_math=True, unsafe_no_auto_barriers=True),
         **({} if interpret is None else {"interpret": interpret}),
     )(queries, k, v, block_table, seq_lens, *(() if block_ids is None else (block_ids,)))
     if apart and shares <= _FEW_SHARES:

@@ -18,7 +18,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper import DIM, GROUP
+from pallas_kernels.hopper import DIM, GROUP, round_up
+from pallas_kernels.mosaic import compiler_params
 
 _TILE = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 _WGMMA = plgpu.Layout.WGMMA
@@ -68,6 +69,9 @@ def merge_prefill(
     places = places.reshape(groups, _UNITS, top_k)
     # Few tokens see fewer blocks than they may choose, and unused slots are the last as a rule.
     slots = jnp.max(jnp.where(places >= 0, jnp.arange(1, top_k + 1, dtype=jnp.int32), 0), axis=(1, 2))
+    # What is copied must be a multiple of 128 bytes.
+    width = round_up(top_k, 32 // _UNITS)
+    places = jnp.pad(places, ((0, 0), (0, 0), (0, width - top_k)), constant_values=-1)
 
     def merge(
         partials_gmem,
@@ -117,7 +121,7 @@ def merge_prefill(
                 place = jnp.maximum(place, 0) + _UNITS  # behind the room for reading beyond
                 tile, pair = lax.div(place, jnp.int32(_UNITS)), lax.rem(place, jnp.int32(_UNITS))
                 start = 2 * tile * _ROWS + (pair - unit) * GROUP
-                return plgpu.load(stats_gmem.at[pl.ds(start, 2 * _ROWS)], optimized=False)
+                return plgpu.load(stats_gmem.at[pl.ds(start, 2 * _ROWS)], layout=_WGMMA.reduce(1), optimized=False)
 
             return [rows(place, unit) for unit, place in enumerate(places_of(slot))]
 
@@ -132,7 +136,7 @@ def merge_prefill(
             acc, largest, whole, stats = carry
             # A step ahead, since they come from memory.
             next_stats = load_stats(slot + 1)
-            valid = by_unit(places_of(slot)) >= 0
+            valid = by_unit([place >= 0 for place in places_of(slot)])
             stats = jnp.where(valid, by_unit(stats), of_nothing)
             maximum, total = stats[:_ROWS], stats[_ROWS:]
             raised = jnp.maximum(largest, maximum)
@@ -140,7 +144,7 @@ def merge_prefill(
             weight = total * weight
             stage = lax.rem(slot, jnp.int32(stages))
             plgpu.barrier_wait(partials_barrier.at[stage])
-            partial = partials_smem[stage].astype(jnp.float32)
+            partial = plgpu.load(partials_smem.at[stage], layout=_WGMMA).astype(jnp.float32)
             spread = lax.broadcast_in_dim(weight, partial.shape, [0])
             # An unused slot's partial result was never written, and may be a NaN.
             acc = acc * lax.broadcast_in_dim(rescale, acc.shape, [0]) + jnp.where(spread > 0, partial * spread, 0.0)
@@ -154,8 +158,12 @@ def merge_prefill(
             return acc, raised, whole * rescale + weight, next_stats
 
         acc, largest, whole = (
-            jnp.full(shape, value, jnp.float32)
-            for shape, value in (((_ROWS, DIM), 0.0), ((_ROWS,), _LOWEST), ((_ROWS,), 0.0))
+            plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+            for shape, value, layout in (
+                ((_ROWS, DIM), 0.0, _WGMMA),
+                ((_ROWS,), _LOWEST, _WGMMA.reduce(1)),
+                ((_ROWS,), 0.0, _WGMMA.reduce(1)),
+            )
         )
         first = (acc, largest, whole, load_stats(0))
         acc, _, whole, _ = lax.fori_loop(0, num_slots, step, first)
@@ -178,11 +186,11 @@ def merge_prefill(
         grid_names=("group",),
         scratch_types=[
             plgpu.SMEM((stages, _ROWS, DIM), dtype, transforms=_TILE),
-            plgpu.SMEM((_UNITS, top_k), jnp.int32),
+            plgpu.SMEM((_UNITS, width), jnp.int32),
             plgpu.SMEM((_ROWS, DIM), dtype, transforms=_TILE),
             plgpu.Barrier(num_arrivals=_UNITS, num_barriers=stages),
             plgpu.Barrier(),
         ],
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=compiler_params(approx_math=True),
         **({} if interpret is None else {"interpret": interpret}),
     )(partials, stats.reshape(-1), places, slots, first_unit, out)

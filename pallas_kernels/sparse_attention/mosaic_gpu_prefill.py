@@ -22,6 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import DIM, GROUP, PAGE_SIZE
+from pallas_kernels.mosaic import compiler_params
 from pallas_kernels.sparse_attention.mosaic_gpu_plan import LIMIT_BITS, TILE_PAIRS, Plan
 
 _TILE = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
@@ -340,7 +341,7 @@ def attend_prefill(
         thread_name="wg",
         scratch_types=scratch,
         # Without a barrier before and behind whatever is written: a warp writes where it alone has read.
-        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0, unsafe_no_auto_barriers=True),
+        compiler_params=compiler_params(approx_math=True, reduction_scratch_bytes=0, unsafe_no_auto_barriers=True),
         **({} if interpret is None else {"interpret": interpret}),
     )(
         q.reshape(-1, GROUP, DIM),
