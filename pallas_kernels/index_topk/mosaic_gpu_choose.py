@@ -25,7 +25,7 @@ from pallas_kernels.hopper import PAGE_SIZE, round_up
 from pallas_kernels.index_topk import keys
 from pallas_kernels.index_topk.mosaic_gpu_lists import filled, nothing
 from pallas_kernels.index_topk.shares import Shares
-from pallas_kernels.mosaic import compiler_params
+from pallas_kernels.mosaic import compiler_params, when
 
 _WARPS, _LANES = 4, 32
 _LARGEST_CHUNK = 256
@@ -339,7 +339,7 @@ def _choose_scores(scores, positions, share, *, choice: Choice, config: TuningCo
         arrive()
         plgpu.barrier_wait(barrier)
 
-        @pl.when(cta == 0)
+        @when(cta == 0)
         def _():
             for which, no in enumerate((keys.INVISIBLE, -1)):
                 parts = [of_cta(which, i) for i in range(ctas)]
@@ -350,7 +350,7 @@ def _choose_scores(scores, positions, share, *, choice: Choice, config: TuningCo
         # Nobody leaves before that has been read.
         arrive()
 
-        @pl.when(cta == 0)
+        @when(cta == 0)
         def _():
             found = _ranked(in_cluster, found_smem, places_smem, top_k, choice.with_keys)
             choice.write(out_gmem, slab, column, *found, blocks, share)

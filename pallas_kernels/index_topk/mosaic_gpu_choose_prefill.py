@@ -26,7 +26,7 @@ from pallas_kernels.index_topk import keys
 from pallas_kernels.index_topk.mosaic_gpu_lists import filled, insert, nothing, only
 from pallas_kernels.index_topk.mosaic_gpu_score_prefill import ALIGNMENT, WIDTH
 from pallas_kernels.index_topk.shares import Shares
-from pallas_kernels.mosaic import compiler_params
+from pallas_kernels.mosaic import compiler_params, cond, when
 
 _TILE = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 _WARPGROUPS = 2
@@ -217,14 +217,14 @@ def _choose_pieces(
             state = (first, first - start, first_window, zero, zero, read(first_window))
             return lax.while_loop(go_on, piece, state)[3:5]
 
-        @pl.when(wg == _WARPGROUPS)
+        @when(wg == _WARPGROUPS)
         def _produce():
             plgpu.set_max_registers(24, action="decrease")
 
             def load(number, _, __, first_block, done, count, sequence, row):
                 slot = lax.rem(number, jnp.int32(2))
 
-                @pl.when(number >= 2)
+                @when(number >= 2)
                 def _():
                     plgpu.barrier_wait(q_free.at[slot])
 
@@ -236,7 +236,7 @@ def _choose_pieces(
                 def step(i, _):
                     slot = lax.rem(done + i, jnp.int32(stages))
 
-                    @pl.when(done + i >= stages)
+                    @when(done + i >= stages)
                     def _():
                         plgpu.barrier_wait(k_free.at[slot])
 
@@ -259,7 +259,7 @@ def _choose_pieces(
             lax.fori_loop(jnp.maximum(steps - stages, 0), steps, drain_pages, None)
             lax.fori_loop(jnp.maximum(pieces - 2, 0), pieces, drain_queries, None)
 
-        @pl.when(wg < _WARPGROUPS)
+        @when(wg < _WARPGROUPS)
         def _consume():
             plgpu.set_max_registers(240, action="increase")
             row = plgpu.broadcasted_iota(jnp.int32, (_ROWS,), 0, layout=_LAYOUT)
@@ -298,7 +298,7 @@ def _choose_pieces(
                             seen = key <= first_seen + lax.div(row, jnp.int32(num_heads))
                             return jnp.where(seen, dots, -jnp.inf)
 
-                        dots = lax.cond(first_seen < PAGE_SIZE - 1, mask, lambda dots: dots, dots)
+                        dots = cond(first_seen < PAGE_SIZE - 1, mask, lambda dots: dots, dots)
                     largest_smem.at[wg][...] = dots.max(axis=1)
                     key = keys.keys_of(plgpu.load(largest_smem.at[wg], layout=_LAYOUT, optimized=False))
                     least = choice.local_blocks

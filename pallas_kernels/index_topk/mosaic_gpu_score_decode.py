@@ -19,7 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import DIM, PAGE_SIZE, round_up
 from pallas_kernels.index_topk.shares import Shares
-from pallas_kernels.mosaic import compiler_params
+from pallas_kernels.mosaic import compiler_params, cond, when
 
 # Of 32 channels of 8 rows, a warp has 8, and a lane 2 of one row.
 _QUERIES = plgpu.Layout.TILED(plgpu.Tiling(((8, 32), (8, 8), (2,))), (-4,), (-3, -2), -1)
@@ -120,7 +120,7 @@ def score_decode(
 
             dots = pl.run_scoped(multiply, plgpu.ACC((PAGE_SIZE, width), jnp.float32))
 
-            @pl.when(i + stages < count)
+            @when(i + stages < count)
             def _():
                 plgpu.commit_smem()  # every warp has read the page
                 load(page, slot)
@@ -137,17 +137,17 @@ def score_decode(
                 seen = key + first_key <= first_position + lax.div(column, jnp.int32(num_heads))
                 return jnp.where(seen, dots, -jnp.inf)
 
-            dots = lax.cond(first_key + (PAGE_SIZE - 1) > first_position, mask, lambda dots: dots, dots)
+            dots = cond(first_key + (PAGE_SIZE - 1) > first_position, mask, lambda dots: dots, dots)
             out_smem[i] = dots.max(axis=0)
             return page
 
-        @pl.when(count > 0)
+        @when(count > 0)
         def _():
             q_from_gmem = narrow_smem[0].at[pl.ds(0, columns)] if narrow_smem else q_smem
             plgpu.copy_gmem_to_smem(q_gmem.at[sequence], q_from_gmem, q_barrier)
             for i in range(stages):
 
-                @pl.when(i < count)
+                @when(i < count)
                 def _(i=i):
                     load(first_pages[i], i)
 

@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import DIM, PAGE_SIZE, round_up
-from pallas_kernels.mosaic import compiler_params
+from pallas_kernels.mosaic import compiler_params, cond, when
 from pallas_kernels.sparse_attention import mosaic_gpu_decode_merge as merging
 
 _TILE = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
@@ -263,12 +263,12 @@ def attend_decode(q, k, v, block_ids, block_table, seq_lens, *, scale: float, co
                 of_page = pl.run_scoped(multiply_k, plgpu.ACC((PAGE_SIZE, height), jnp.float32))
                 if together == 1:
 
-                    @pl.when(i + stages < count)
+                    @when(i + stages < count)
                     def _():
                         plgpu.commit_smem()  # every warp has read the page
                         load_k(next_page[0], slots[0])
 
-                logits.append(lax.cond(num_seen < PAGE_SIZE, mask, lambda logits, _: logits, of_page, num_seen))
+                logits.append(cond(num_seen < PAGE_SIZE, mask, lambda logits, _: logits, of_page, num_seen))
             new_largest = jnp.maximum(largest, functools.reduce(jnp.maximum, logits).max(axis=0))
             # The difference first: scaled huge logits are not exact, and the largest must weigh 1.
             decay = over_keys(jnp.exp2((largest - new_largest) * factor))
@@ -283,7 +283,7 @@ def attend_decode(q, k, v, block_ids, block_table, seq_lens, *, scale: float, co
             for slot, num_seen in zip(slots, nums_seen, strict=True):
                 plgpu.barrier_wait(v_barrier.at[slot])
 
-                @pl.when(num_seen < PAGE_SIZE)
+                @when(num_seen < PAGE_SIZE)
                 def _(slot=slot, num_seen=num_seen):
                     # A weight of 0 does not silence a NaN in an unused slot.
                     key = plgpu.broadcasted_iota(jnp.int32, (_ROWS, DIM), 0, layout=_WGMMA)
@@ -302,7 +302,7 @@ def attend_decode(q, k, v, block_ids, block_table, seq_lens, *, scale: float, co
             acc = acc * decay + values
             if together == 1:
 
-                @pl.when(i + stages < count)
+                @when(i + stages < count)
                 def _():
                     plgpu.commit_smem()
                     load_v(next_page[0], slots[0])
@@ -311,7 +311,7 @@ def attend_decode(q, k, v, block_ids, block_table, seq_lens, *, scale: float, co
 
         for i in range(stages):
 
-            @pl.when(i < count if together == 1 else count > 0)
+            @when(i < count if together == 1 else count > 0)
             def _(i=i):
                 load_k(first_pages[i], i)
                 load_v(first_pages[i], i)

@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import DIM, GROUP, round_up
-from pallas_kernels.mosaic import compiler_params
+from pallas_kernels.mosaic import compiler_params, when
 
 _TILE = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 _WGMMA = plgpu.Layout.WGMMA
@@ -104,8 +104,8 @@ def merge_prefill(
                 plgpu.copy_gmem_to_smem(partial, where, partials_barrier.at[stage])
 
         plgpu.barrier_wait(places_barrier)
-        for slot in range(stages):
-            pl.when(slot < num_slots)(functools.partial(load, slot, slot))
+        # A loop, since the kernel's code takes long to make.
+        lax.fori_loop(0, jnp.minimum(num_slots, stages), lambda slot, _: load(slot, slot), None)
 
         def places_of(slot):
             slot = jnp.minimum(slot, top_k - 1)
@@ -151,7 +151,7 @@ def merge_prefill(
             # The reads have to be over before the copy engine writes there again.
             plgpu.commit_smem()
 
-            @pl.when(slot + stages < num_slots)
+            @when(slot + stages < num_slots)
             def _():
                 load(slot + stages, stage)
 
@@ -172,7 +172,7 @@ def merge_prefill(
         plgpu.commit_smem()
         for unit in range(_UNITS):
 
-            @pl.when(group * _UNITS + unit < units)
+            @when(group * _UNITS + unit < units)
             def _(unit=unit):
                 rows = out_smem.at[pl.ds(unit * GROUP, GROUP)]
                 plgpu.copy_smem_to_gmem(rows, out_gmem.at[first_unit + group * _UNITS + unit])

@@ -67,7 +67,7 @@ def items_of(
     table = jnp.clip(block_table, 0, num_pages - 1)
     first_keys = jnp.arange(table_width, dtype=jnp.int32) * PAGE_SIZE
     fill = jnp.clip(seq_lens[:, None] - first_keys, 0, PAGE_SIZE)
-    last = jnp.clip((seq_lens - 1) // PAGE_SIZE, 0, table_width - 1)
+    last = jnp.clip(_divided(seq_lens - 1, PAGE_SIZE), 0, table_width - 1)
     sequence = jnp.arange(num_sequences, dtype=jnp.int32)
     if by_block:
         page, fill, last_item = table.reshape(-1), fill.reshape(-1), sequence * table_width + last
@@ -75,13 +75,13 @@ def items_of(
         # A page may be one sequence's last and another's full one.
         page = jnp.arange(num_pages, dtype=jnp.int32)
         fill = jnp.zeros((num_pages,), jnp.int32).at[jnp.where(fill > 0, table, num_pages)].max(fill, mode="drop")
-        last_item = table[sequence, last]
-    partial = fill[last_item] < PAGE_SIZE
+        last_item = _at(table, sequence, last)
+    last_fill = _at(fill, last_item)
     tail = jnp.full(page.shape, -1, jnp.int32)
-    tail = tail.at[jnp.where(partial, last_item, page.shape[0])].max(sequence, mode="drop")
+    tail = tail.at[jnp.where(last_fill < PAGE_SIZE, last_item, page.shape[0])].max(sequence, mode="drop")
     slot = jnp.arange(PAGE_SIZE, dtype=jnp.int32)
-    seen = (slot < fill[last_item][:, None])[:, None, :, None]
-    return Items(by_block, page, tail), jnp.where(seen, v[page[last_item]], 0)
+    seen = (slot < last_fill[:, None])[:, None, :, None]
+    return Items(by_block, page, tail), jnp.where(seen, _at(v, _at(page, last_item)), 0)
 
 
 def plan(
@@ -103,7 +103,7 @@ def plan(
     num_runs = min(num_pairs, num_keys)
     max_tiles = (num_pairs + (TILE_PAIRS - 1) * num_runs) // TILE_PAIRS
 
-    own = jnp.where(position >= 0, position // PAGE_SIZE, -1)[:, None, None]
+    own = _divided(position, PAGE_SIZE)[:, None, None]  # negative where the position is
     used = (block_ids >= 0) & (block_ids <= own)
     block = jnp.where(used, block_ids, 0)
     if items.by_block:
@@ -111,7 +111,7 @@ def plan(
     else:
         item = jnp.clip(block_table[sequence[:, None, None], block], 0, num_items - 1)
     head = jnp.arange(kv_heads, dtype=jnp.int32)[:, None]
-    row_window = (jnp.arange(num_rows, dtype=jnp.int32) // window)[:, None, None]
+    row_window = lax.div(jnp.arange(num_rows, dtype=jnp.int32), jnp.int32(window))[:, None, None]
     key = jnp.where(used, (head * num_windows + row_window) * num_items + item, num_keys).reshape(-1)
     limit = jnp.minimum(position[:, None, None] - block * PAGE_SIZE, PAGE_SIZE - 1)
     limit = jnp.where(used, limit, PAGE_SIZE - 1).reshape(-1)
@@ -127,9 +127,9 @@ def plan(
     starts = jnp.full((num_keys + 1,), num_pairs, jnp.int32).at[jnp.where(is_first, key, num_keys + 1)]
     starts = _least_from(starts.set(number, mode="drop"))
     counts = starts[1:] - starts[:-1]
-    tiles_of = (counts + TILE_PAIRS - 1) // TILE_PAIRS
+    tiles_of = _divided(counts + (TILE_PAIRS - 1), TILE_PAIRS)
     ends = _running_sum(tiles_of)
-    place = ((ends - tiles_of) * TILE_PAIRS - starts[:-1])[of] + number
+    place = _at((ends - tiles_of) * TILE_PAIRS - starts[:-1], of) + number
     pair = words >> LIMIT_BITS
     places = lax.empty((num_pairs,), jnp.int32)
     places = places.at[pair].set(jnp.where(takes_part, place, -1), unique_indices=True)
@@ -139,28 +139,41 @@ def plan(
     run = jnp.where(counts > 0, run_of_key, num_runs)
     key_of_run = lax.empty((num_runs,), jnp.int32).at[run].set(keys, mode="drop")
     # By every pair of a tile, with one value: a cumulative sum over the tiles is four kernels.
-    tile = jnp.where(takes_part, place // TILE_PAIRS, max_tiles)
-    of_tile = jnp.stack([number - place % TILE_PAIRS, run_of_key[of]], axis=1)
+    tile = jnp.where(takes_part, _divided(place, TILE_PAIRS), max_tiles)
+    of_tile = jnp.stack([number - (place & (TILE_PAIRS - 1)), _at(run_of_key, of)], axis=1)
     tiles = lax.empty((max_tiles, 2), jnp.int32).at[tile].set(of_tile, mode="drop")
     start, run = tiles.T
 
     def words_from(start):
-        return words.at[jnp.clip(start, 0, num_pairs - 1)].get(mode="promise_in_bounds")
+        return _at(words, jnp.clip(start, 0, num_pairs - 1))
 
     each = jnp.arange(max_tiles * TILE_PAIRS, dtype=jnp.int32)
     limits = [words_from(start + i) & (PAGE_SIZE - 1) for i in range(TILE_PAIRS)]
     is_cut = functools.reduce(jnp.minimum, limits) < PAGE_SIZE - 1
-    item_of_run = key_of_run % num_items
+    # Behind the last run there may be anything.
+    key_of_run = jnp.clip(key_of_run, 0, num_keys - 1)
+    item_of_run = lax.rem(key_of_run, jnp.int32(num_items))
+    first_of_tile = _at(start, _divided(each, TILE_PAIRS))
     return Plan(
-        units=lax.div(words_from(start[lax.div(each, TILE_PAIRS)] + each % TILE_PAIRS) >> LIMIT_BITS, top_k),
+        units=lax.div(words_from(first_of_tile + (each & (TILE_PAIRS - 1))) >> LIMIT_BITS, jnp.int32(top_k)),
         limits=functools.reduce(jnp.bitwise_or, [limit << (i * LIMIT_BITS) for i, limit in enumerate(limits)]),
         tile_run=(run << 1) | is_cut,
-        run_head=key_of_run // (num_windows * num_items),
-        run_page=items.page[item_of_run],
-        run_tail=items.tail[item_of_run],
+        run_head=lax.div(key_of_run, jnp.int32(num_windows * num_items)),
+        run_page=_at(items.page, item_of_run),
+        run_tail=_at(items.tail, item_of_run),
         ends=ends,
         places=places,
     )
+
+
+def _divided(values: Int32[Array, "*n"], divisor: int) -> Int32[Array, "*n"]:
+    """Quotients rounded down, by a power of two: a shift, of which XLA has far less to compile than of a division."""
+    return values >> (divisor.bit_length() - 1)
+
+
+def _at(values: Int32[Array, "..."], *index: Int32[Array, "..."]) -> Int32[Array, "..."]:
+    """values[index] without a case for what is out of bounds, which nothing here is."""
+    return values.at[index].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
 
 def _sort(

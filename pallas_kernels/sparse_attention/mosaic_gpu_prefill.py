@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import DIM, GROUP, PAGE_SIZE
-from pallas_kernels.mosaic import compiler_params
+from pallas_kernels.mosaic import compiler_params, cond, when
 from pallas_kernels.sparse_attention.mosaic_gpu_plan import LIMIT_BITS, TILE_PAIRS, Plan
 
 _TILE = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
@@ -171,13 +171,11 @@ def attend_prefill(
                 def _():
                     plgpu.barrier_wait(v_free.at[slot])
 
-                @pl.when(tail < 0)
-                def _():
-                    plgpu.copy_gmem_to_smem(v_gmem.at[page, head], v_smem.at[slot], v_barrier.at[slot])
-
-                @pl.when(tail >= 0)
-                def _():
-                    plgpu.copy_gmem_to_smem(tails_gmem.at[tail, head], v_smem.at[slot], v_barrier.at[slot])
+                lax.cond(
+                    tail < 0,
+                    lambda: plgpu.copy_gmem_to_smem(v_gmem.at[page, head], v_smem.at[slot], v_barrier.at[slot]),
+                    lambda: plgpu.copy_gmem_to_smem(tails_gmem.at[tail, head], v_smem.at[slot], v_barrier.at[slot]),
+                )
 
             def step(chunk, carry):
                 visits, (first_run, last_run) = carry
@@ -196,7 +194,7 @@ def attend_prefill(
 
             lax.fori_loop(jnp.maximum(visits - _PAGES, 0), visits - 1, drain, None)
 
-        @pl.when(wg == _WARPGROUPS)
+        @when(wg == _WARPGROUPS)
         def _produce():
             plgpu.set_max_registers(32, action="decrease")
 
@@ -206,7 +204,7 @@ def attend_prefill(
                 pl.when(warp == 0)(produce_pages)
                 pl.when(warp == 1)(produce_queries)
 
-        @pl.when(wg < _WARPGROUPS)
+        @when(wg < _WARPGROUPS)
         def _consume():
             plgpu.set_max_registers(160, action="increase")
             own_count = jnp.maximum(lax.div(count - wg + (_WARPGROUPS - 1), jnp.int32(_WARPGROUPS)), 0)
@@ -262,12 +260,12 @@ def attend_prefill(
                 # and so are the statistics.
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-                @pl.when(jnp.logical_and(i >= 1, i + 1 < own_count))
+                @when(jnp.logical_and(i >= 1, i + 1 < own_count))
                 def _():
                     plgpu.barrier_arrive(q_free.at[slot_of(i + 1)])
 
                 is_cut = (tile_run & jnp.int32(1)) > 0
-                logits = lax.cond(is_cut, mask, lambda logits, _: logits, logits, number)
+                logits = cond(is_cut, mask, lambda logits, _: logits, logits, number)
                 largest = logits.max(axis=1)
                 # The difference first: scaled huge logits are not exact, and the largest must weigh 1.
                 weights = jnp.exp2((logits - lax.broadcast_in_dim(largest, logits.shape, [0])) * factor)
@@ -303,7 +301,7 @@ def attend_prefill(
                 of_chunk = functools.partial(step, ahead=visits - first_run)
                 return visits + last_run - first_run + 1, following, *lax.fori_loop(first, end, of_chunk, tuple(state))
 
-            @pl.when(count > 0)
+            @when(count > 0)
             def _():
                 plgpu.barrier_wait(k_barrier.at[0])
                 plgpu.barrier_wait(v_barrier.at[0])
