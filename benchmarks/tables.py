@@ -88,11 +88,13 @@ def kernels_table(record: dict[str, Any]) -> str:
     ]
     if record.get("compile"):
         compiled = [f"{bucket['total']:.1f}" for bucket in record["compile"]]
+        totals = [total for bucket in record["compile"] for total in bucket["totals"]]
         lines += [
             "",
             "Tracing, lowering and compiling all four operations for a new bucket of shapes took "
-            f"{' s in a new process and '.join(compiled)} s for another bucket (goal {MOST_COMPILE_S:.0f} s); other "
-            "lengths in a bucket compile nothing.",
+            f"{' s in a new process and '.join(compiled)} s for another bucket (goal {MOST_COMPILE_S:.0f} s), the "
+            f"medians of {len(record['compile'][0]['totals'])} processes, which took {min(totals):.1f} to "
+            f"{max(totals):.1f} s; other lengths in a bucket compile nothing.",
         ]
     return "\n".join(lines)
 
