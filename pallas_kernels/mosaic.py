@@ -14,15 +14,18 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 def compiler_params(**others: Any) -> plgpu.CompilerParams:
     """Parameters of a kernel that says the layout of every array in registers where it comes to be.
 
-    Otherwise Mosaic looks for the layouts, which takes it about as long as all the rest of its lowering.
+    Otherwise Mosaic looks for the layouts, which takes it about as long as all the rest of its lowering. Of a select in
+    such a kernel the first value must be an array: jax 0.11.2 takes the result for unsigned where it is a scalar, and
+    compares it so (tests/kernels/test_lowering.py looks for that).
     """
     return plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane, **others)
 
 
 def cond(predicate: Any, when_true: Callable, when_false: Callable, *operands: Any) -> Any:
-    """`lax.cond` of a kernel's scalar, outside of a warp's own code.
+    """`lax.cond` of a kernel's scalar.
 
-    That one converts the predicate to a number, for which jax 0.11.2 asks ptxas for its version each time: 11 ms.
+    That one converts the predicate to a number, for which jax 0.11.2 asks ptxas for its version each time: 11 ms. Not
+    for the code of a single warp, in which this one's clamping is not lowered.
     """
     return lax.switch(jnp.where(predicate, jnp.int32(1), jnp.int32(0)), (when_false, when_true), *operands)
 

@@ -137,6 +137,11 @@ def count_up_to(ends: Int32[Array, " n"], values: Int32[Array, " m"]) -> Int32[A
     return jnp.searchsorted(ends, values, side="right", method="compare_all").astype(jnp.int32)
 
 
+def at(values: Shaped[Array, "..."], *index: Int32[Array, "..."]) -> Shaped[Array, "..."]:
+    """values[index] without a case for what is out of bounds, of which there must be nothing: less code to compile."""
+    return jnp.asarray(values).at[index].get(mode="promise_in_bounds", wrap_negative_indices=False)
+
+
 def live_counts(cu_seqlens: Array, seq_lens: Array, context_lens: Array) -> Int32[Array, " B"]:
     """Live rows of each sequence of a prefill call."""
     return jnp.clip(seq_lens - context_lens, 0, jnp.maximum(cu_seqlens[1:] - cu_seqlens[:-1], 0))

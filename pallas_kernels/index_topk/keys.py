@@ -18,6 +18,7 @@ _LOWEST_FINITE, _LARGEST_FINITE, _INFINITY = -0x7F800000, 0x7F7FFFFF, 0x7F800000
 def keys_of(scores: Float32[Array, "*n"]) -> Int32[Array, "*n"]:
     """Order-preserving integers: NaN as the lowest finite score, infinities as the largest ones, -0 as +0."""
     bits = lax.bitcast_convert_type(scores, jnp.int32)
+    # The scalars stand second: `mosaic.compiler_params` says why.
     # Negative floats order backwards as integers; -0 would come out as -1 and is lifted to +0's 0.
     key = jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
     key = jnp.where(key != -1, key, jnp.int32(0))

@@ -6,7 +6,6 @@ sequence before, and a window that would reach beyond the last row is moved up. 
 rows that are not the window's own.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -61,7 +60,10 @@ def windows(
 
     window = jnp.arange(num_windows, dtype=jnp.int32)
     sequence = jnp.minimum(rows.count_up_to(ends, window), num_sequences - 1)
-    of = functools.partial(_at, index=sequence)
+
+    def of(values):
+        return rows.at(values, sequence)
+
     offset = (window - of(starts)) * height - of(before)
     count, context = of(counts), of(context_lens)
     live = window < ends[-1]
@@ -73,8 +75,11 @@ def windows(
 
     row = jnp.arange(num_rows, dtype=jnp.int32)
     of_row, position = rows.prefill_rows(num_rows, cu_seqlens, seq_lens, context_lens)
-    of = functools.partial(_at, index=of_row)
-    of_index = of(starts) + ((row - of(cu_seqlens) + of(before)) >> (height.bit_length() - 1))
+
+    def of_own(values):
+        return rows.at(values, of_row)
+
+    of_index = of_own(starts) + ((row - of_own(cu_seqlens) + of_own(before)) >> (height.bit_length() - 1))
     places = of_index * height + row - first_row.at[of_index].get(mode="clip", wrap_negative_indices=False)
     return Windows(
         sequence=sequence,
@@ -132,8 +137,3 @@ def _needed(cut: Cut, cu_seqlens, seq_lens, context_lens):
 def _divided(values, divisor: int):
     """Quotients rounded up; the divisor is a power of two, of which a shift is far fewer instructions to compile."""
     return (values + (divisor - 1)) >> (divisor.bit_length() - 1)
-
-
-def _at(values, index):
-    """values[index] without a case for what is out of bounds, which nothing here is."""
-    return jnp.asarray(values).at[index].get(mode="promise_in_bounds", wrap_negative_indices=False)

@@ -121,7 +121,7 @@ def attend_decode(q, k, v, block_ids, block_table, seq_lens, *, scale: float, co
     # The shares of a row are a cluster, and merge what they have, where there are so few.
     clustered = 1 < shares <= _MOST_CLUSTERED and height % shares == 0
     apart = shares > 1 and not clustered
-    # Queries that a CTA merges, and how many of them at a time: a layout of 8 rows is more than the compiler finds.
+    # Queries that a CTA merges, and how many of them at a time.
     each = height // shares
     rows_at_a_time = min(each, 4)
     steps = each // rows_at_a_time if clustered else 0

@@ -13,6 +13,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.hopper import PAGE_SIZE
+from pallas_kernels.rows import at
 
 TILE_PAIRS = 4
 # For the last key of a block that is seen, 0 to 127.
@@ -75,13 +76,13 @@ def items_of(
         # A page may be one sequence's last and another's full one.
         page = jnp.arange(num_pages, dtype=jnp.int32)
         fill = jnp.zeros((num_pages,), jnp.int32).at[jnp.where(fill > 0, table, num_pages)].max(fill, mode="drop")
-        last_item = _at(table, sequence, last)
-    last_fill = _at(fill, last_item)
+        last_item = at(table, sequence, last)
+    last_fill = at(fill, last_item)
     tail = jnp.full(page.shape, -1, jnp.int32)
     tail = tail.at[jnp.where(last_fill < PAGE_SIZE, last_item, page.shape[0])].max(sequence, mode="drop")
     slot = jnp.arange(PAGE_SIZE, dtype=jnp.int32)
     seen = (slot < last_fill[:, None])[:, None, :, None]
-    return Items(by_block, page, tail), jnp.where(seen, _at(v, _at(page, last_item)), 0)
+    return Items(by_block, page, tail), jnp.where(seen, at(v, at(page, last_item)), 0)
 
 
 def plan(
@@ -129,7 +130,7 @@ def plan(
     counts = starts[1:] - starts[:-1]
     tiles_of = _divided(counts + (TILE_PAIRS - 1), TILE_PAIRS)
     ends = _running_sum(tiles_of)
-    place = _at((ends - tiles_of) * TILE_PAIRS - starts[:-1], of) + number
+    place = at((ends - tiles_of) * TILE_PAIRS - starts[:-1], of) + number
     pair = words >> LIMIT_BITS
     places = lax.empty((num_pairs,), jnp.int32)
     places = places.at[pair].set(jnp.where(takes_part, place, -1), unique_indices=True)
@@ -140,12 +141,12 @@ def plan(
     key_of_run = lax.empty((num_runs,), jnp.int32).at[run].set(keys, mode="drop")
     # By every pair of a tile, with one value: a cumulative sum over the tiles is four kernels.
     tile = jnp.where(takes_part, _divided(place, TILE_PAIRS), max_tiles)
-    of_tile = jnp.stack([number - (place & (TILE_PAIRS - 1)), _at(run_of_key, of)], axis=1)
+    of_tile = jnp.stack([number - (place & (TILE_PAIRS - 1)), at(run_of_key, of)], axis=1)
     tiles = lax.empty((max_tiles, 2), jnp.int32).at[tile].set(of_tile, mode="drop")
     start, run = tiles.T
 
     def words_from(start):
-        return _at(words, jnp.clip(start, 0, num_pairs - 1))
+        return at(words, jnp.clip(start, 0, num_pairs - 1))
 
     each = jnp.arange(max_tiles * TILE_PAIRS, dtype=jnp.int32)
     limits = [words_from(start + i) & (PAGE_SIZE - 1) for i in range(TILE_PAIRS)]
@@ -153,14 +154,14 @@ def plan(
     # Behind the last run there may be anything.
     key_of_run = jnp.clip(key_of_run, 0, num_keys - 1)
     item_of_run = lax.rem(key_of_run, jnp.int32(num_items))
-    first_of_tile = _at(start, _divided(each, TILE_PAIRS))
+    first_of_tile = at(start, _divided(each, TILE_PAIRS))
     return Plan(
         units=lax.div(words_from(first_of_tile + (each & (TILE_PAIRS - 1))) >> LIMIT_BITS, jnp.int32(top_k)),
         limits=functools.reduce(jnp.bitwise_or, [limit << (i * LIMIT_BITS) for i, limit in enumerate(limits)]),
         tile_run=(run << 1) | is_cut,
         run_head=lax.div(key_of_run, jnp.int32(num_windows * num_items)),
-        run_page=_at(items.page, item_of_run),
-        run_tail=_at(items.tail, item_of_run),
+        run_page=at(items.page, item_of_run),
+        run_tail=at(items.tail, item_of_run),
         ends=ends,
         places=places,
     )
@@ -169,11 +170,6 @@ def plan(
 def _divided(values: Int32[Array, "*n"], divisor: int) -> Int32[Array, "*n"]:
     """Quotients rounded down, by a power of two: a shift, of which XLA has far less to compile than of a division."""
     return values >> (divisor.bit_length() - 1)
-
-
-def _at(values: Int32[Array, "..."], *index: Int32[Array, "..."]) -> Int32[Array, "..."]:
-    """values[index] without a case for what is out of bounds, which nothing here is."""
-    return values.at[index].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
 
 def _sort(
