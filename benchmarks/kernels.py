@@ -503,8 +503,8 @@ def main() -> None:
 
     is_mosaic_gpu = args.implementation == MOSAIC_GPU
     # One after the other, each on an idle host.
-    runs = [Part("--only", "compile").result() or [] for _ in range(COMPILE_RUNS if is_mosaic_gpu else 0)]
-    buckets = compile_medians(runs)
+    runs = [Part("--only", "compile").result() for _ in range(COMPILE_RUNS if is_mosaic_gpu else 0)]
+    buckets = compile_medians([run for run in runs if run])
     for bucket in buckets:
         say(f"{' and '.join(bucket['cases'])} compiled in {bucket['total']:.1f} s of {bucket['totals']}")
     # Two frameworks do not share a GPU's memory well, but both compile for a minute before anything is timed.
