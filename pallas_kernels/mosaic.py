@@ -1,4 +1,4 @@
-"""How the Mosaic GPU kernels are lowered: what of it takes less time than by default."""
+"""How the Mosaic GPU kernels are lowered: what of it takes less time than by default, and arrays with their layouts."""
 
 # jax does not export every name of Mosaic GPU.
 # pyright: reportPrivateImportUsage=false
@@ -19,6 +19,22 @@ def compiler_params(**others: Any) -> plgpu.CompilerParams:
     compares it so (tests/kernels/test_lowering.py looks for that).
     """
     return plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane, **others)
+
+
+def load(ref: Any, layout: Any) -> Any:
+    """What a Ref of any memory holds, without a plan against conflicts of banks, which not every layout has."""
+    return plgpu.load(ref, layout=layout, optimized=False)
+
+
+def full(shape: tuple[int, ...], value: Any, dtype: Any, layout: Any) -> Any:
+    """One value throughout, as an array that can be joined to others of the layout; None for it outside of kernels."""
+    values = jnp.full(shape, value, dtype)
+    return values if layout is None else plgpu.layout_cast(values, layout)
+
+
+def spread(vector: Any, shape: tuple[int, ...], axis: int, layout: Any) -> Any:
+    """A vector along one axis of a shape."""
+    return plgpu.layout_cast(lax.broadcast_in_dim(vector, shape, [axis]), layout)
 
 
 def cond(predicate: Any, when_true: Callable, when_false: Callable, *operands: Any) -> Any:

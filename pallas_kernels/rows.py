@@ -142,6 +142,11 @@ def at(values: Shaped[Array, "..."], *index: Int32[Array, "..."]) -> Shaped[Arra
     return jnp.asarray(values).at[index].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
 
+def divided(values: Int32[Array, "*n"], divisor: int) -> Int32[Array, "*n"]:
+    """Quotients rounded down, by a power of two: a shift, of which XLA has far less to compile than of a division."""
+    return values >> (divisor.bit_length() - 1)
+
+
 def live_counts(cu_seqlens: Array, seq_lens: Array, context_lens: Array) -> Int32[Array, " B"]:
     """Live rows of each sequence of a prefill call."""
     return jnp.clip(seq_lens - context_lens, 0, jnp.maximum(cu_seqlens[1:] - cu_seqlens[:-1], 0))

@@ -145,7 +145,7 @@ def _choose_prefill(index_q, index_k, block_table, lengths, share, shares, *, co
     by_token = chosen.reshape(*chosen.shape[:3], height, num_heads)
     # Shifts and masks, and no case for negative numbers: every element of the result computes its place anew.
     place = jnp.minimum(window.places[:num_rows], num_windows * height - 1)
-    of_rows = by_token.at[place >> (height.bit_length() - 1), :, :, place & (height - 1)].get(
+    of_rows = by_token.at[rows.divided(place, height), :, :, place & (height - 1)].get(
         mode="promise_in_bounds", wrap_negative_indices=False
     )
     return jnp.moveaxis(of_rows, 3, 1), window.position[:num_rows]

@@ -23,9 +23,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import PAGE_SIZE, round_up
 from pallas_kernels.index_topk import keys
-from pallas_kernels.index_topk.mosaic_gpu_lists import filled, nothing
+from pallas_kernels.index_topk.mosaic_gpu_lists import nothing
 from pallas_kernels.index_topk.shares import Shares
-from pallas_kernels.mosaic import compiler_params, when
+from pallas_kernels.mosaic import compiler_params, full, load, spread, when
 
 _WARPS, _LANES = 4, 32
 _LARGEST_CHUNK = 256
@@ -129,15 +129,6 @@ def _tiles(values, first: int, end: int):
     return lax.slice(values, (first * _LANES, 0), (end * _LANES, _WARPS))
 
 
-def _load(ref, layout: Any = _LAYOUT):
-    return plgpu.load(ref, layout=layout, optimized=False)
-
-
-def _spread(vector, shape, axis: int, layout: Any):
-    """A vector along one axis of a shape."""
-    return plgpu.layout_cast(lax.broadcast_in_dim(vector, shape, [axis]), layout)
-
-
 def _key(scores, block, own, choice: Choice):
     """Keys of scores of blocks, of the same shape, given the column's own block."""
     forced = block > own - choice.local_blocks
@@ -209,7 +200,7 @@ def _winners(best, count: int, found_smem):
         return (odd, rest) if odd else (rest, ())
 
     def over_rows(vector):
-        return _spread(vector, (_LANES, _WARPS), 1, _LAYOUT)
+        return spread(vector, (_LANES, _WARPS), 1, _LAYOUT)
 
     def step(j, best):
         first_keys, first_ranks = (_tiles(values, 0, 1) for values in best[0])
@@ -239,7 +230,7 @@ def _ranked(count: int, found_smem, places_smem, places: int, with_keys: bool):
 
     def read(ref, shape, axis: int, layout: Any):
         """Along one axis of a shape."""
-        return _spread(_load(ref.at[pl.ds(0, count)], layout.reduce(1 - axis)), shape, axis, layout)
+        return spread(load(ref.at[pl.ds(0, count)], layout.reduce(1 - axis)), shape, axis, layout)
 
     key, rank = (read(ref, (count, count), 0, _PAIRS) for ref in found_smem)
     other_key, other_rank = (read(ref, (count, count), 1, _PAIRS) for ref in found_smem)
@@ -307,13 +298,15 @@ def _choose_scores(scores, positions, share, *, choice: Choice, config: TuningCo
             if few:
                 layout = _PAIRS.reduce(1)
                 row = plgpu.broadcasted_iota(jnp.int32, (in_cta,), 0, layout=layout)
-                key, rank = entries(_load(scores_gmem.at[:, column], layout), row)
+                key, rank = entries(load(scores_gmem.at[:, column], layout), row)
                 for ref, values in zip(found_smem, (key, _or_nothing(key, rank)), strict=True):
                     ref.at[pl.ds(0, in_cta)][...] = values
                 plgpu.commit_smem()
                 return _ranked(in_cta, found_smem, places_smem, top_k, with_keys)
             warp = plgpu.broadcasted_iota(jnp.int32, (config.chunk, _WARPS), 1, layout=_LAYOUT)
-            found = entries(_load(scores_gmem.at[:, :, column].T), _row(config.chunk // _LANES) + warp * config.chunk)
+            found = entries(
+                load(scores_gmem.at[:, :, column].T, _LAYOUT), _row(config.chunk // _LANES) + warp * config.chunk
+            )
             return _best_of_warps(found, found_smem, places_smem, top_k, with_keys)
 
         if ctas == 1:
@@ -334,7 +327,7 @@ def _choose_scores(scores, positions, share, *, choice: Choice, config: TuningCo
 
         def of_cta(which, i):
             ref = plgpu.cluster_ref(refs[which], {"cta": i}) if others is None else others[which].at[slab, column, i]
-            return _load(ref, _LAYOUT.reduce(0))
+            return load(ref, _LAYOUT.reduce(0))
 
         arrive()
         plgpu.barrier_wait(barrier)
@@ -344,7 +337,7 @@ def _choose_scores(scores, positions, share, *, choice: Choice, config: TuningCo
             for which, no in enumerate((keys.INVISIBLE, -1)):
                 parts = [of_cta(which, i) for i in range(ctas)]
                 if rest := in_cluster - ctas * top_k:
-                    parts.append(filled((rest,), no, _LAYOUT.reduce(0)))
+                    parts.append(full((rest,), no, jnp.int32, _LAYOUT.reduce(0)))
                 found_smem[which].at[pl.ds(0, in_cluster)][...] = jnp.concatenate(parts)
 
         # Nobody leaves before that has been read.
@@ -393,7 +386,7 @@ def _choose_found(all_keys, ranks, share, *, choice: Choice, blocks: int, ctas: 
         slab, column = lax.axis_index("slab"), lax.axis_index("column")
         warp = plgpu.broadcasted_iota(jnp.int32, (chunk, _WARPS), 1, layout=_LAYOUT)
         written = _row(chunk // _LANES) + warp * chunk < ctas * top_k
-        found = tuple(_load(ref.at[slab, column].T) for ref in (keys_gmem, ranks_gmem))
+        found = tuple(load(ref.at[slab, column].T, _LAYOUT) for ref in (keys_gmem, ranks_gmem))
         entries = tuple(jnp.where(written, here, no) for here, no in zip(found, _nothing(chunk // _LANES), strict=True))
         found = _best_of_warps(entries, scratch[:2], scratch[2], top_k, choice.with_keys)
         choice.write(out_gmem, slab, column, *found, blocks, share)

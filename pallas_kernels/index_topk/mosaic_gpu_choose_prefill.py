@@ -23,10 +23,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import DIM, PAGE_SIZE
 from pallas_kernels.index_topk import keys
-from pallas_kernels.index_topk.mosaic_gpu_lists import filled, insert, nothing, only
+from pallas_kernels.index_topk.mosaic_gpu_lists import insert, nothing, only
 from pallas_kernels.index_topk.mosaic_gpu_score_prefill import ALIGNMENT, WIDTH
 from pallas_kernels.index_topk.shares import Shares
-from pallas_kernels.mosaic import compiler_params, cond, when
+from pallas_kernels.mosaic import compiler_params, cond, full, load, when
 
 _TILE = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 _WARPGROUPS = 2
@@ -221,7 +221,7 @@ def _choose_pieces(
         def _produce():
             plgpu.set_max_registers(24, action="decrease")
 
-            def load(number, _, __, first_block, done, count, sequence, row):
+            def bring(number, _, __, first_block, done, count, sequence, row):
                 slot = lax.rem(number, jnp.int32(2))
 
                 @when(number >= 2)
@@ -247,7 +247,7 @@ def _choose_pieces(
 
                 lax.fori_loop(0, count, step, None)
 
-            pieces, steps = over_pieces(load, sequence_gmem, row_gmem)
+            pieces, steps = over_pieces(bring, sequence_gmem, row_gmem)
 
             # Every completion of a barrier has to be awaited.
             def drain_pages(i, _):
@@ -300,7 +300,7 @@ def _choose_pieces(
 
                         dots = cond(first_seen < PAGE_SIZE - 1, mask, lambda dots: dots, dots)
                     largest_smem.at[wg][...] = dots.max(axis=1)
-                    key = keys.keys_of(plgpu.load(largest_smem.at[wg], layout=_LAYOUT, optimized=False))
+                    key = keys.keys_of(load(largest_smem.at[wg], _LAYOUT))
                     least = choice.local_blocks
                     if choice.init_blocks:
                         least = jnp.where(block < choice.init_blocks, shares.table_width, least)
@@ -357,13 +357,13 @@ def _forced(own, is_first, share, choice: Choice):
     least = jnp.where(is_first, 0, shares.table_width)
     for number in range(init_blocks + choice.local_blocks):
         if number < init_blocks:
-            block, chosen = filled((_ROWS,), number, _LAYOUT), own >= least + number
+            block, chosen = full((_ROWS,), number, jnp.int32, _LAYOUT), own >= least + number
         else:
             block = own - (init_blocks + choice.local_blocks - 1 - number)
             chosen = block >= jnp.maximum(least, init_blocks)
         if shares.number > 1:
             chosen = jnp.logical_and(chosen, lax.rem(block - share, jnp.int32(shares.number)) == 0)
-        key = jnp.where(chosen, filled((_ROWS,), keys.FORCED, _LAYOUT), jnp.int32(keys.INVISIBLE))
+        key = jnp.where(chosen, full((_ROWS,), keys.FORCED, jnp.int32, _LAYOUT), jnp.int32(keys.INVISIBLE))
         if best:
             best = insert(best, key, block, _LAYOUT)
         else:
@@ -400,11 +400,8 @@ def _merge_pieces(pieces, ends, *, choice: Choice, config: TuningConfig, interpr
         end = ends_gmem[window]
         every = (slice(None),) * (steps - 1)
 
-        def load(ref):
-            return plgpu.load(ref, layout=_LAYOUT, optimized=False)
-
         def best_half(half):
-            return tuple(load(best_smem.at[part, half]) for part in range(2))
+            return tuple(load(best_smem.at[part, half], _LAYOUT) for part in range(2))
 
         def step(rising, halves):
             first, second = halves
@@ -416,7 +413,7 @@ def _merge_pieces(pieces, ends, *, choice: Choice, config: TuningConfig, interpr
 
         def found(cta):
             return tuple(
-                tuple(load(pieces_gmem.at[(window + cta, part, wg, half, *every)]) for part in range(2))
+                tuple(load(pieces_gmem.at[(window + cta, part, wg, half, *every)], _LAYOUT) for part in range(2))
                 for half in range(2)
             )
 

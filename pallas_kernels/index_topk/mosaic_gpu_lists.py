@@ -3,26 +3,17 @@
 Each operation is one on whole lists, since the time that a kernel's compilation takes grows with their number.
 """
 
-# jax does not export every name of Mosaic GPU.
-# pyright: reportPrivateImportUsage=false
-
 from typing import Any
 
 import jax.numpy as jnp
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.index_topk import keys
-
-
-def filled(shape: tuple[int, ...], value: Any, layout: Any):
-    """i32[shape] of one value; in a kernel with a layout as other arrays have, to which it could not be joined else."""
-    values = jnp.full(shape, value, jnp.int32)
-    return values if layout is None else plgpu.layout_cast(values, layout)
+from pallas_kernels.mosaic import full
 
 
 def nothing(*shape: int, layout: Any = None):
     """Keys and numbers of lists without a block."""
-    return tuple(filled(shape, value, layout) for value in (keys.INVISIBLE, -1))
+    return tuple(full(shape, value, jnp.int32, layout) for value in (keys.INVISIBLE, -1))
 
 
 def only(key, number, length: int, layout: Any = None):
@@ -38,7 +29,7 @@ def insert(best, key, number, layout: Any = None):
     """
     width, size = key.shape[0], best[0].shape[0]
     key = repeated(key, size // width)
-    number = repeated(number, size // width) if jnp.ndim(number) else filled((size,), number, layout)
+    number = repeated(number, size // width) if jnp.ndim(number) else full((size,), number, jnp.int32, layout)
     better = key > best[0]
 
     def inserted(values, new):

@@ -17,9 +17,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import mosaic
 from pallas_kernels.hopper import DIM, PAGE_SIZE, round_up
 from pallas_kernels.index_topk.shares import Shares
-from pallas_kernels.mosaic import compiler_params, cond, when
 
 # Of 32 channels of 8 rows, a warp has 8, and a lane 2 of one row.
 _QUERIES = plgpu.Layout.TILED(plgpu.Tiling(((8, 32), (8, 8), (2,))), (-4,), (-3, -2), -1)
@@ -120,7 +120,7 @@ def score_decode(
 
             dots = pl.run_scoped(multiply, plgpu.ACC((PAGE_SIZE, width), jnp.float32))
 
-            @when(i + stages < count)
+            @mosaic.when(i + stages < count)
             def _():
                 plgpu.commit_smem()  # every warp has read the page
                 load(page, slot)
@@ -137,24 +137,24 @@ def score_decode(
                 seen = key + first_key <= first_position + lax.div(column, jnp.int32(num_heads))
                 return jnp.where(seen, dots, -jnp.inf)
 
-            dots = cond(first_key + (PAGE_SIZE - 1) > first_position, mask, lambda dots: dots, dots)
+            dots = mosaic.cond(first_key + (PAGE_SIZE - 1) > first_position, mask, lambda dots: dots, dots)
             out_smem[i] = dots.max(axis=0)
             return page
 
-        @when(count > 0)
+        @mosaic.when(count > 0)
         def _():
             q_from_gmem = narrow_smem[0].at[pl.ds(0, columns)] if narrow_smem else q_smem
             plgpu.copy_gmem_to_smem(q_gmem.at[sequence], q_from_gmem, q_barrier)
             for i in range(stages):
 
-                @when(i < count)
+                @mosaic.when(i < count)
                 def _(i=i):
                     load(first_pages[i], i)
 
             plgpu.barrier_wait(q_barrier)
             for ref in narrow_smem:
                 # The columns beyond hold anything, and no column meets another.
-                q_smem[...] = plgpu.load(ref, layout=_QUERIES, optimized=False)
+                q_smem[...] = mosaic.load(ref, _QUERIES)
                 plgpu.commit_smem()
             lax.fori_loop(0, count, step, first_pages[stages])
             plgpu.commit_smem()
@@ -177,6 +177,6 @@ def score_decode(
             *([plgpu.SMEM((width, DIM), dtype)] if width > columns else []),
         ],
         # Without a barrier before and behind whatever is written.
-        compiler_params=compiler_params(unsafe_no_auto_barriers=True),
+        compiler_params=mosaic.compiler_params(unsafe_no_auto_barriers=True),
         **({} if interpret is None else {"interpret": interpret}),
     )(queries, index_k, block_table, seq_lens, share)

@@ -79,7 +79,7 @@ def windows(
     def of_own(values):
         return rows.at(values, of_row)
 
-    of_index = of_own(starts) + ((row - of_own(cu_seqlens) + of_own(before)) >> (height.bit_length() - 1))
+    of_index = of_own(starts) + rows.divided(row - of_own(cu_seqlens) + of_own(before), height)
     places = of_index * height + row - first_row.at[of_index].get(mode="clip", wrap_negative_indices=False)
     return Windows(
         sequence=sequence,
@@ -135,5 +135,5 @@ def _needed(cut: Cut, cu_seqlens, seq_lens, context_lens):
 
 
 def _divided(values, divisor: int):
-    """Quotients rounded up; the divisor is a power of two, of which a shift is far fewer instructions to compile."""
-    return (values + (divisor - 1)) >> (divisor.bit_length() - 1)
+    """Quotients rounded up; the divisor is a power of two."""
+    return rows.divided(values + (divisor - 1), divisor)

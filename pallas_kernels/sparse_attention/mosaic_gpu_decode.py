@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import DIM, PAGE_SIZE, round_up
-from pallas_kernels.mosaic import compiler_params, cond, when
+from pallas_kernels.mosaic import compiler_params, cond, full, load, spread, when
 from pallas_kernels.sparse_attention import mosaic_gpu_decode_merge as merging
 
 _TILE = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
@@ -88,10 +88,6 @@ class TuningConfig:
         return cls(shares=shares, stages=1)
 
 
-def _load(ref, layout: Any = _BY_CHANNEL):
-    return plgpu.load(ref, layout=layout, optimized=False)
-
-
 @functools.partial(jax.jit, static_argnames=("scale", "config", "interpret"))
 def attend_decode(q, k, v, block_ids, block_table, seq_lens, *, scale: float, config: TuningConfig, interpret: Any):
     """Attention [T, N, H] of q [T, N, H] to the pages of k and v [P, K, S, H] that block_ids [T, K, C] choose.
@@ -146,22 +142,19 @@ def attend_decode(q, k, v, block_ids, block_table, seq_lens, *, scale: float, co
         first_queries = [behind(i) * each + step * rows_at_a_time for i, step in places]
         # All that is read before anything is written, which the compiler takes for the same memory.
         queries_of = [pl.ds(first, rows_at_a_time) for first in first_queries]
-        partials = [_load(partial_smem.at[rows]) for rows in queries_of]
-        stats = [
-            [_load(stats_smem.at[which, rows], _BY_CHANNEL.reduce(1)) for which in range(2)] for rows in queries_of
-        ]
+        partials = [load(partial_smem.at[rows], _BY_CHANNEL) for rows in queries_of]
+        stats = [[load(stats_smem.at[which, rows], _BY_CHANNEL.reduce(1)) for which in range(2)] for rows in queries_of]
         for place, partial, of_place in zip(places, partials, stats, strict=True):
             array(*place, 0)[...] = partial
             for which, stat in enumerate(of_place):
-                spread = lax.broadcast_in_dim(stat, partial.shape, [0])
-                array(*place, 1 + which)[...] = plgpu.layout_cast(spread, _BY_CHANNEL)
+                array(*place, 1 + which)[...] = spread(stat, partial.shape, 0, _BY_CHANNEL)
         plgpu.commit_smem()
         plgpu.barrier_arrive(cluster_barrier)
         plgpu.barrier_wait(cluster_barrier)
         for step in range(steps):
             # What the CTA i places behind has for this one, which stands shares - i places behind it.
             partials, maxima, totals = (
-                [_load(array((shares - i) % shares, step, which, behind(i))) for i in range(shares)]
+                [load(array((shares - i) % shares, step, which, behind(i)), _BY_CHANNEL) for i in range(shares)]
                 for which in range(3)
             )
             largest = functools.reduce(jnp.maximum, maxima)
@@ -316,8 +309,8 @@ def attend_decode(q, k, v, block_ids, block_table, seq_lens, *, scale: float, co
                 load_k(first_pages[i], i)
                 load_v(first_pages[i], i)
 
-        nothing = plgpu.layout_cast(jnp.zeros((PAGE_SIZE, height), jnp.float32), _WGMMA)
-        largest = plgpu.layout_cast(jnp.full((height,), _LOWEST, jnp.float32), _WGMMA.reduce(0))
+        nothing = full((PAGE_SIZE, height), 0.0, jnp.float32, _WGMMA)
+        largest = full((height,), _LOWEST, jnp.float32, _WGMMA.reduce(0))
         plgpu.barrier_wait(q_barrier)
         steps_over = count if together == 1 else (count > 0).astype(jnp.int32)
         carry = (nothing, largest, nothing, *first_pages[stages:])

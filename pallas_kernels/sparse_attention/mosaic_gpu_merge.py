@@ -18,8 +18,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import mosaic
 from pallas_kernels.hopper import DIM, GROUP, round_up
-from pallas_kernels.mosaic import compiler_params, when
 
 _TILE = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 _WGMMA = plgpu.Layout.WGMMA
@@ -121,7 +121,7 @@ def merge_prefill(
                 place = jnp.maximum(place, 0) + _UNITS  # behind the room for reading beyond
                 tile, pair = lax.div(place, jnp.int32(_UNITS)), lax.rem(place, jnp.int32(_UNITS))
                 start = 2 * tile * _ROWS + (pair - unit) * GROUP
-                return plgpu.load(stats_gmem.at[pl.ds(start, 2 * _ROWS)], layout=_WGMMA.reduce(1), optimized=False)
+                return mosaic.load(stats_gmem.at[pl.ds(start, 2 * _ROWS)], _WGMMA.reduce(1))
 
             return [rows(place, unit) for unit, place in enumerate(places_of(slot))]
 
@@ -151,14 +151,14 @@ def merge_prefill(
             # The reads have to be over before the copy engine writes there again.
             plgpu.commit_smem()
 
-            @when(slot + stages < num_slots)
+            @mosaic.when(slot + stages < num_slots)
             def _():
                 load(slot + stages, stage)
 
             return acc, raised, whole * rescale + weight, next_stats
 
         acc, largest, whole = (
-            plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+            mosaic.full(shape, value, jnp.float32, layout)
             for shape, value, layout in (
                 ((_ROWS, DIM), 0.0, _WGMMA),
                 ((_ROWS,), _LOWEST, _WGMMA.reduce(1)),
@@ -172,7 +172,7 @@ def merge_prefill(
         plgpu.commit_smem()
         for unit in range(_UNITS):
 
-            @when(group * _UNITS + unit < units)
+            @mosaic.when(group * _UNITS + unit < units)
             def _(unit=unit):
                 rows = out_smem.at[pl.ds(unit * GROUP, GROUP)]
                 plgpu.copy_smem_to_gmem(rows, out_gmem.at[first_unit + group * _UNITS + unit])
@@ -191,6 +191,6 @@ def merge_prefill(
             plgpu.Barrier(num_arrivals=_UNITS, num_barriers=stages),
             plgpu.Barrier(),
         ],
-        compiler_params=compiler_params(approx_math=True),
+        compiler_params=mosaic.compiler_params(approx_math=True),
         **({} if interpret is None else {"interpret": interpret}),
     )(partials, stats.reshape(-1), places, slots, first_unit, out)

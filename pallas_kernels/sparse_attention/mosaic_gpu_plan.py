@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.hopper import PAGE_SIZE
-from pallas_kernels.rows import at
+from pallas_kernels.rows import at, divided
 
 TILE_PAIRS = 4
 # For the last key of a block that is seen, 0 to 127.
@@ -68,7 +68,7 @@ def items_of(
     table = jnp.clip(block_table, 0, num_pages - 1)
     first_keys = jnp.arange(table_width, dtype=jnp.int32) * PAGE_SIZE
     fill = jnp.clip(seq_lens[:, None] - first_keys, 0, PAGE_SIZE)
-    last = jnp.clip(_divided(seq_lens - 1, PAGE_SIZE), 0, table_width - 1)
+    last = jnp.clip(divided(seq_lens - 1, PAGE_SIZE), 0, table_width - 1)
     sequence = jnp.arange(num_sequences, dtype=jnp.int32)
     if by_block:
         page, fill, last_item = table.reshape(-1), fill.reshape(-1), sequence * table_width + last
@@ -104,7 +104,7 @@ def plan(
     num_runs = min(num_pairs, num_keys)
     max_tiles = (num_pairs + (TILE_PAIRS - 1) * num_runs) // TILE_PAIRS
 
-    own = _divided(position, PAGE_SIZE)[:, None, None]  # negative where the position is
+    own = divided(position, PAGE_SIZE)[:, None, None]  # negative where the position is
     used = (block_ids >= 0) & (block_ids <= own)
     block = jnp.where(used, block_ids, 0)
     if items.by_block:
@@ -128,7 +128,7 @@ def plan(
     starts = jnp.full((num_keys + 1,), num_pairs, jnp.int32).at[jnp.where(is_first, key, num_keys + 1)]
     starts = _least_from(starts.set(number, mode="drop"))
     counts = starts[1:] - starts[:-1]
-    tiles_of = _divided(counts + (TILE_PAIRS - 1), TILE_PAIRS)
+    tiles_of = divided(counts + (TILE_PAIRS - 1), TILE_PAIRS)
     ends = _running_sum(tiles_of)
     place = at((ends - tiles_of) * TILE_PAIRS - starts[:-1], of) + number
     pair = words >> LIMIT_BITS
@@ -140,7 +140,7 @@ def plan(
     run = jnp.where(counts > 0, run_of_key, num_runs)
     key_of_run = lax.empty((num_runs,), jnp.int32).at[run].set(keys, mode="drop")
     # By every pair of a tile, with one value: a cumulative sum over the tiles is four kernels.
-    tile = jnp.where(takes_part, _divided(place, TILE_PAIRS), max_tiles)
+    tile = jnp.where(takes_part, divided(place, TILE_PAIRS), max_tiles)
     of_tile = jnp.stack([number - (place & (TILE_PAIRS - 1)), at(run_of_key, of)], axis=1)
     tiles = lax.empty((max_tiles, 2), jnp.int32).at[tile].set(of_tile, mode="drop")
     start, run = tiles.T
@@ -154,7 +154,7 @@ def plan(
     # Behind the last run there may be anything.
     key_of_run = jnp.clip(key_of_run, 0, num_keys - 1)
     item_of_run = lax.rem(key_of_run, jnp.int32(num_items))
-    first_of_tile = at(start, _divided(each, TILE_PAIRS))
+    first_of_tile = at(start, divided(each, TILE_PAIRS))
     return Plan(
         units=lax.div(words_from(first_of_tile + (each & (TILE_PAIRS - 1))) >> LIMIT_BITS, jnp.int32(top_k)),
         limits=functools.reduce(jnp.bitwise_or, [limit << (i * LIMIT_BITS) for i, limit in enumerate(limits)]),
@@ -165,11 +165,6 @@ def plan(
         ends=ends,
         places=places,
     )
-
-
-def _divided(values: Int32[Array, "*n"], divisor: int) -> Int32[Array, "*n"]:
-    """Quotients rounded down, by a power of two: a shift, of which XLA has far less to compile than of a division."""
-    return values >> (divisor.bit_length() - 1)
 
 
 def _sort(
