@@ -225,9 +225,9 @@ def _compiled(call: _Call) -> dict[str, int]:
     return passes
 
 
-# Of Hopper's prefill kernels: partial results held at a time, and bytes of one, 16 heads of 128 channels in two bytes
-# and two float32 a head. See `pallas_kernels.sparse_attention.mosaic_gpu`.
-PARTIALS, PARTIAL_BYTES = 2**19, 16 * 128 * 2 + 16 * 2 * 4
+# Of Hopper's prefill kernels: partial results held at a time, and bytes of one, 16 heads of so many words for bfloat16
+# and for float16. See `pallas_kernels.sparse_attention.mosaic_gpu_partials`.
+PARTIALS, PARTIAL_BYTES, WIDE_PARTIAL_BYTES = 2**19, 16 * 44 * 4, 16 * 64 * 4
 # What a decode step's kernels leave for each other; XLA reserves 1 to 32 MB for it.
 DECODE_BYTES = 16 * MiB
 
@@ -251,13 +251,14 @@ def _formula(call: _Call) -> dict[str, int]:
     carried = residual if tensor == 1 else 3 * residual
     queries = rows * heads * channels
     chosen = min(rows * kv_heads * config.sparse_attention.topk_blocks, PARTIALS)
+    partial_bytes = PARTIAL_BYTES if call.dtype == jnp.bfloat16 else WIDE_PARTIAL_BYTES
     pairs, width = rows * config.num_experts_per_tok, config.moe_intermediate_size // tensor
     # Rows of each expert and their products; where they are exchanged, a round's of both and all that came back.
     routed = residual + pairs * (2 * size + width) * item
     if expert > 1 and rows * expert > GATHER_ROWS:
         routed = 3 * residual + pairs * size * item + 5 * pairs * (2 * size + width) * item // 4
     kinds = {
-        (True, None): carried + queries * item + chosen * PARTIAL_BYTES,
+        (True, None): carried + queries * item + chosen * partial_bytes,
         # The pages gathered, and the part of them before the chunk and the chunk's own in float32.
         (False, None): carried + 2 * sequences * call.context * kv_heads * channels * item + queries * (item + 2 * 4),
         (None, True): routed,

@@ -49,3 +49,11 @@ def cond(predicate: Any, when_true: Callable, when_false: Callable, *operands: A
 def when(predicate: Any) -> Callable[[Callable[[], None]], None]:
     """`pl.when` by means of `cond`."""
     return lambda body: cond(predicate, body, lambda: None)
+
+
+def halved(combine: Callable, values: Any, columns: int) -> Any:
+    """[R, C] as [R, columns], halves combined again and again: otherwise a row is reduced by one long chain."""
+    while values.shape[1] > columns:
+        half = values.shape[1] // 2
+        values = combine(values[:, :half], values[:, half:])
+    return values

@@ -14,7 +14,7 @@ from pallas_kernels.dispatch import Implementation
 from pallas_kernels.rows import prefill_rows
 from pallas_kernels.sparse_attention import reference
 
-# (token, KV head, slot) of which partial results are held at a time, 4 KiB each.
+# (token, KV head, slot) of which partial results are held at a time, 2.75 KiB each, or 4 of float16.
 _PAIRS = 2**19
 
 
@@ -91,7 +91,7 @@ def _prefill(
         part = slice(first, end)
         of_rows = (block_ids[part], rows.sequence[part], rows.position[part])
         plan = planning.plan(*of_rows, block_table, items, window=config.window)
-        partials, stats = attending.attend_prefill(
+        partials = attending.attend_prefill(
             q,
             k,
             v,
@@ -104,13 +104,11 @@ def _prefill(
         )
         merging.merge_prefill(
             partials,
-            stats,
             plan.places,
             jnp.asarray([first * kv_heads], jnp.int32),
             out,
             units=(end - first) * kv_heads,
             top_k=top_k,
-            scale=scale,
             config=tuned.config("merge_prefill", merging.TuningConfig(), units=(end - first) * kv_heads, top_k=top_k),
             interpret=interpret,
         )

@@ -1,58 +1,59 @@
 """Merge of the partial results of a prefill call on Hopper: a weighted mean over the chosen blocks.
 
-A CTA merges four units, (token, KV head), slot by slot: 4 x 16 rows of partial results at a time. As an online softmax
-does, it rescales what it has when a slot raises the maximum, so that no slot is looked at twice.
+A CTA merges four units, (token, KV head), two slots at a time: 4 x 16 rows of partial results of each. As an online
+softmax does, it rescales what it has when a slot raises the reference, so that no slot is looked at twice.
 """
 
 # jax does not export every name of Mosaic GPU, and calls its transforms abstract.
 # pyright: reportPrivateImportUsage=false, reportAbstractUsage=false
 
 import functools
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic
 from pallas_kernels.hopper import DIM, GROUP, round_up
+from pallas_kernels.sparse_attention import mosaic_gpu_partials as packing
 
 _TILE = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 _WGMMA = plgpu.Layout.WGMMA
 _UNITS = 4
+# At a time, which saves half of the rescaling: every number of slots that is served is even.
+_SLOTS = 2
 _ROWS = _UNITS * GROUP
-# Of a row without a valid slot: finite, so that no difference of two maxima is NaN.
+# Of a row without a valid slot: finite, so that no difference of two references is NaN.
 _LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
 @dataclass(frozen=True)
 class TuningConfig:
-    """stages: of the ring of partial results, 16 KiB each. More of them leave room for fewer CTAs in an SM."""
+    """stages: of the ring of partial results, 22 or 32 KiB each. More of them leave room for fewer CTAs in an SM."""
 
     CANDIDATES: ClassVar = {"stages": (1, 2, 3, 4, 6)}
 
     stages: int = 3
 
     def __post_init__(self) -> None:
-        if not 1 <= self.stages <= 8:
-            raise ValueError(f"stages={self.stages} must be 1 to 8")
+        if not 1 <= self.stages <= 6:
+            raise ValueError(f"stages={self.stages} must be 1 to 6")
 
 
-@functools.partial(jax.jit, static_argnames=("units", "top_k", "scale", "config", "interpret"))
+@functools.partial(jax.jit, static_argnames=("units", "top_k", "config", "interpret"))
 def merge_prefill(
     partials,
-    stats,
     places,
     first_unit,
     out,
     *,
     units: int,
     top_k: int,
-    scale: float,
     config: TuningConfig,
     interpret: Any,
 ):
@@ -62,9 +63,10 @@ def merge_prefill(
     first_unit: i32[1], of `out` [T * K, G, H]. So no call has to be put together from its parts: a copy of it all.
     """
     groups = -(-units // _UNITS)
-    dtype = partials.dtype
-    factor = scale * math.log2(math.e)
-    stages = min(config.stages, top_k)
+    dtype = out.dtype
+    num_words, row_words = packing.words_of(dtype), partials.shape[2]
+    columns = packing.COLUMNS
+    stages = min(config.stages, top_k // _SLOTS)
     places = jnp.pad(places, (0, (groups * _UNITS - units) * top_k), constant_values=-1)
     places = places.reshape(groups, _UNITS, top_k)
     # Few tokens see fewer blocks than they may choose, and unused slots are the last as a rule.
@@ -75,10 +77,10 @@ def merge_prefill(
 
     def merge(
         partials_gmem,
-        stats_gmem,
         places_gmem,
         slots_gmem,
         first_unit_gmem,
+        mask_gmem,
         out_gmem,
         partials_smem,
         places_smem,
@@ -87,88 +89,88 @@ def merge_prefill(
         places_barrier,
     ):
         group = lax.axis_index("group")
-        first_unit, num_slots = first_unit_gmem[0], slots_gmem[group]
+        first_unit, mask = first_unit_gmem[0], mask_gmem[0]
+        num_steps = lax.div(slots_gmem[group] + (_SLOTS - 1), jnp.int32(_SLOTS))
         # The only layout: it settles the others, and the compiler would try out each that it is told.
-        row = plgpu.broadcasted_iota(jnp.int32, (2 * _ROWS,), 0, layout=_WGMMA.reduce(1))
-        is_before = [lax.rem(row, jnp.int32(_ROWS)) < (unit + 1) * GROUP for unit in range(_UNITS - 1)]
-        of_nothing = jnp.where(row < _ROWS, jnp.float32(_LOWEST), jnp.float32(0))
+        row = plgpu.broadcasted_iota(jnp.int32, (_ROWS,), 0, layout=_WGMMA.reduce(1))
+        is_before = [row < (unit + 1) * GROUP for unit in range(_UNITS - 1)]
         plgpu.copy_gmem_to_smem(places_gmem.at[group], places_smem, places_barrier)
 
-        def load(slot, stage):
-            for unit in range(_UNITS):
-                # An unused slot brings something that nobody looks at.
-                place = jnp.maximum(places_smem[unit, slot], 0)
-                rows = pl.ds(pl.multiple_of(lax.rem(place, jnp.int32(_UNITS)) * GROUP, GROUP), GROUP)
-                partial = partials_gmem.at[lax.div(place, jnp.int32(_UNITS)), rows]
-                where = partials_smem.at[stage, pl.ds(unit * GROUP, GROUP)]
-                plgpu.copy_gmem_to_smem(partial, where, partials_barrier.at[stage])
+        def load(step, stage):
+            for i in range(_SLOTS):
+                for unit in range(_UNITS):
+                    # An unused slot brings something that nobody looks at.
+                    place = jnp.maximum(places_smem[unit, step * _SLOTS + i], 0)
+                    rows = pl.ds(pl.multiple_of(lax.rem(place, jnp.int32(_UNITS)) * GROUP, GROUP), GROUP)
+                    plgpu.copy_gmem_to_smem(
+                        partials_gmem.at[lax.div(place, jnp.int32(_UNITS)), rows],
+                        partials_smem.at[stage, i, pl.ds(unit * GROUP, GROUP)],
+                        partials_barrier.at[stage],
+                        oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS,  # so it is taken for one run of bytes
+                    )
 
         plgpu.barrier_wait(places_barrier)
         # A loop, since the kernel's code takes long to make.
-        lax.fori_loop(0, jnp.minimum(num_slots, stages), lambda slot, _: load(slot, slot), None)
-
-        def places_of(slot):
-            slot = jnp.minimum(slot, top_k - 1)
-            return [places_smem[unit, slot] for unit in range(_UNITS)]
-
-        def load_stats(slot):
-            """For each unit both statistics of a whole tile's rows, shifted so that the unit's own are in their place.
-
-            The copy engine refuses a unit's 16 rows alone, as misaligned.
-            """
-
-            def rows(place, unit):
-                place = jnp.maximum(place, 0) + _UNITS  # behind the room for reading beyond
-                tile, pair = lax.div(place, jnp.int32(_UNITS)), lax.rem(place, jnp.int32(_UNITS))
-                start = 2 * tile * _ROWS + (pair - unit) * GROUP
-                return mosaic.load(stats_gmem.at[pl.ds(start, 2 * _ROWS)], _WGMMA.reduce(1))
-
-            return [rows(place, unit) for unit, place in enumerate(places_of(slot))]
+        lax.fori_loop(0, jnp.minimum(num_steps, stages), lambda step, _: load(step, step), None)
 
         def by_unit(parts):
-            """Of several vectors of rows, or scalars, each unit's rows of its own."""
+            """Of several scalars, each unit's rows of its own."""
             result = parts[-1]
             for unit in range(_UNITS - 2, -1, -1):
                 result = jnp.where(is_before[unit], parts[unit], result)
             return result
 
-        def step(slot, carry):
-            acc, largest, whole, stats = carry
-            # A step ahead, since they come from memory.
-            next_stats = load_stats(slot + 1)
-            valid = by_unit([place >= 0 for place in places_of(slot)])
-            stats = jnp.where(valid, by_unit(stats), of_nothing)
-            maximum, total = stats[:_ROWS], stats[_ROWS:]
-            raised = jnp.maximum(largest, maximum)
-            rescale, weight = (jnp.exp2((x - raised) * factor) for x in (largest, maximum))
-            weight = total * weight
-            stage = lax.rem(slot, jnp.int32(stages))
+        def spread(rows):
+            return mosaic.spread(rows, (_ROWS, columns), 0, _WGMMA)
+
+        def step(number, carry):
+            acc, shifted, reference, whole = carry
+            stage = lax.rem(number, jnp.int32(stages))
+            slots = [number * _SLOTS + i for i in range(_SLOTS)]
+            valid = [by_unit([places_smem[unit, slot] >= 0 for unit in range(_UNITS)]) for slot in slots]
             plgpu.barrier_wait(partials_barrier.at[stage])
-            partial = plgpu.load(partials_smem.at[stage], layout=_WGMMA).astype(jnp.float32)
-            spread = lax.broadcast_in_dim(weight, partial.shape, [0])
-            # An unused slot's partial result was never written, and may be a NaN.
-            acc = acc * lax.broadcast_in_dim(rescale, acc.shape, [0]) + jnp.where(spread > 0, partial * spread, 0.0)
+
+            def statistic(k, of_nothing):
+                """Of the rows of each slot."""
+                columns = (partials_smem.at[stage, i, :, num_words + k] for i in range(_SLOTS))
+                words = (mosaic.load(column, _WGMMA.reduce(1)) for column in columns)
+                floats = (lax.bitcast_convert_type(word, jnp.float32) for word in words)
+                return [jnp.where(valid, x, jnp.float32(of_nothing)) for valid, x in zip(valid, floats, strict=True)]
+
+            references, totals, units_of = (statistic(k, x) for k, x in enumerate((_LOWEST, 0.0, 0.0)))
+            raised = functools.reduce(jnp.maximum, references, reference)
+            rescale, *weights = (jnp.exp2(x - raised) for x in (reference, *references))
+            scales = [x * weight for x, weight in zip(units_of, weights, strict=True)]
+            rescale_all = spread(rescale)
+            acc = [x * rescale_all for x in acc]
+            for i, scale in enumerate(scales):
+                words = [
+                    mosaic.load(partials_smem.at[stage, i, :, pl.ds(k, columns)], _WGMMA)
+                    for k in range(0, num_words, columns)
+                ]
+                scale_all = spread(scale)
+                # Of an unused slot the words are any, which are finite numbers.
+                acc = [x + y * scale_all for x, y in zip(acc, packing.unpack(words, dtype, mask), strict=True)]
             # The reads have to be over before the copy engine writes there again.
             plgpu.commit_smem()
 
-            @mosaic.when(slot + stages < num_slots)
+            @mosaic.when(number + stages < num_steps)
             def _():
-                load(slot + stages, stage)
+                load(number + stages, stage)
 
-            return acc, raised, whole * rescale + weight, next_stats
+            whole = whole * rescale + sum(x * weight for x, weight in zip(totals, weights, strict=True))
+            return acc, shifted * rescale + sum(scales), raised, whole
 
-        acc, largest, whole = (
-            mosaic.full(shape, value, jnp.float32, layout)
-            for shape, value, layout in (
-                ((_ROWS, DIM), 0.0, _WGMMA),
-                ((_ROWS,), _LOWEST, _WGMMA.reduce(1)),
-                ((_ROWS,), 0.0, _WGMMA.reduce(1)),
-            )
-        )
-        first = (acc, largest, whole, load_stats(0))
-        acc, _, whole, _ = lax.fori_loop(0, num_slots, step, first)
+        nothing, lowest = (mosaic.full((_ROWS,), x, jnp.float32, _WGMMA.reduce(1)) for x in (0.0, _LOWEST))
+        acc = [mosaic.full((_ROWS, columns), 0.0, jnp.float32, _WGMMA) for _ in range(DIM // columns)]
+        acc, shifted, _, whole = lax.fori_loop(0, num_steps, step, (acc, nothing, lowest, nothing))
+        acc = jnp.concatenate(acc, axis=1)
         inverse = jnp.where(whole > 0, 1.0 / whole, 0.0)
-        out_smem[...] = (acc * lax.broadcast_in_dim(inverse, acc.shape, [0])).astype(dtype)
+        # What `unpack` adds to every number, in one go.
+        inverse, shift = (
+            lax.broadcast_in_dim(x, acc.shape, [0]) for x in (inverse, shifted * packing.middle_of(dtype))
+        )
+        out_smem[...] = ((acc - shift) * inverse).astype(dtype)
         plgpu.commit_smem()
         for unit in range(_UNITS):
 
@@ -185,12 +187,12 @@ def merge_prefill(
         grid=(groups,),
         grid_names=("group",),
         scratch_types=[
-            plgpu.SMEM((stages, _ROWS, DIM), dtype, transforms=_TILE),
+            plgpu.SMEM((stages, _SLOTS, _ROWS, row_words), jnp.int32),
             plgpu.SMEM((_UNITS, width), jnp.int32),
             plgpu.SMEM((_ROWS, DIM), dtype, transforms=_TILE),
-            plgpu.Barrier(num_arrivals=_UNITS, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=_SLOTS * _UNITS, num_barriers=stages),
             plgpu.Barrier(),
         ],
-        compiler_params=mosaic.compiler_params(approx_math=True),
+        compiler_params=mosaic.compiler_params(approx_math=True, unsafe_no_auto_barriers=True),
         **({} if interpret is None else {"interpret": interpret}),
-    )(partials, stats.reshape(-1), places, slots, first_unit, out)
+    )(partials, places, slots, first_unit, np.asarray([packing.mask_of(dtype)], np.int32), out)

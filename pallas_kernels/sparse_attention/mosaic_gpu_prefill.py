@@ -3,8 +3,8 @@
 The CTAs take the chunks of a plan's tiles in turn, so that all of them are at about the same place of the plan at any
 time: within one window, whose queries come again and again, out of the L2 cache. The page of a run is brought once for
 a chunk, into a ring of two, by one warp; the queries of each tile by another. Three warpgroups take the tiles in turn:
-4 pairs of 16 query heads are the 64 rows of a wgmma. Every pair leaves its normalised partial result and the maximum
-and sum of its softmax, to be merged afterwards.
+4 pairs of 16 query heads are the 64 rows of a wgmma. Every pair leaves its partial result and the statistics of its
+softmax, packed, to be merged afterwards.
 """
 
 # jax does not export every name of Mosaic GPU, and calls its transforms abstract.
@@ -21,8 +21,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper import DIM, GROUP, PAGE_SIZE
-from pallas_kernels.mosaic import compiler_params, cond, when
+from pallas_kernels.hopper import DIM, GROUP, PAGE_SIZE, round_up
+from pallas_kernels.mosaic import compiler_params, cond, full, halved, when
+from pallas_kernels.sparse_attention import mosaic_gpu_partials as packing
 from pallas_kernels.sparse_attention.mosaic_gpu_plan import LIMIT_BITS, TILE_PAIRS, Plan
 
 _TILE = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
@@ -31,6 +32,8 @@ _ROWS = TILE_PAIRS * GROUP
 _WARPGROUPS = 3
 # Pages in flight, and tiles of queries in flight for each warpgroup.
 _PAGES, _TILES = 2, 2
+# Where logits in base 2 are nothing but even numbers in float32.
+_HUGE = 2.0**24
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,9 @@ class TuningConfig:
     def __post_init__(self) -> None:
         if self.ctas < 1:
             raise ValueError(f"ctas={self.ctas} must be at least 1")
-        if self.chunk < _WARPGROUPS or self.chunk % _WARPGROUPS:
-            raise ValueError(f"chunk={self.chunk} must be a multiple of {_WARPGROUPS}")
+        # A warpgroup looks two of its tiles ahead, into the next chunk at most.
+        if self.chunk < 2 * _WARPGROUPS or self.chunk % _WARPGROUPS:
+            raise ValueError(f"chunk={self.chunk} must be a multiple of {_WARPGROUPS} from {2 * _WARPGROUPS} on")
         if self.window < 1:
             raise ValueError(f"window={self.window} must be at least 1")
 
@@ -55,6 +59,15 @@ class TuningConfig:
     def heuristic(cls, top_k: int, num_items: int) -> "TuningConfig":
         """For so many items that pairs may meet at: where they are many, a window leaves each but few tiles."""
         return cls() if 128 * num_items <= 2048 * top_k else cls(window=8192, chunk=96)
+
+
+def first_row(slot, dtype: Any):
+    """Where a tile's rows of results begin, in an array of such rows, to lie within a slot of the array of queries.
+
+    At a multiple of the 128 bytes that the copy engine asks for.
+    """
+    row = 4 * packing.row_words_of(dtype)
+    return slot * round_up(-(-_ROWS * DIM * 2 // row), 128 // math.gcd(128, row))
 
 
 @functools.partial(jax.jit, static_argnames=("first_token", "scale", "config", "interpret"))
@@ -73,14 +86,14 @@ def attend_prefill(
     """Partial results of the pairs of a plan of the tokens from first_token on.
 
     q [T, K, G, H]; k, v [P, K, S, H]; tails [B, K, S, H], the last page of each sequence without its unused slots.
-    Returns partials [tiles, 4 * G, H], and statistics f32[1 + tiles + 1, 2, 4 * G], the maximum of each row's logits
-    and the sum of exp2(scale * log2(e) * (logits - maximum)); around them is room to read beyond a tile's. What belongs
-    to no pair of the plan holds anything.
+    Returns i32[tiles, 4 * G, row words] as `mosaic_gpu_partials` says. What belongs to no pair of the plan holds
+    anything.
     """
     kv_heads = k.shape[1]
     max_tiles = plan.tile_run.shape[0]
     factor = scale * math.log2(math.e)
     dtype = q.dtype
+    row_words = packing.row_words_of(dtype)
 
     def attend(
         q_gmem,
@@ -95,11 +108,9 @@ def attend_prefill(
         run_tail_gmem,
         ends_gmem,
         out_gmem,
-        stats_gmem,
-        q_smem,
+        queries_and_rows_smem,
         k_smem,
         v_smem,
-        stats_smem,
         q_barrier,
         k_barrier,
         v_barrier,
@@ -108,6 +119,7 @@ def attend_prefill(
         q_free,
         *weights_smem,
     ):
+        q_smem, rows_smem = queries_and_rows_smem
         wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
         num_tiles = ends_gmem[plan.ends.shape[0] - 1]
         # Rounds in which every CTA takes a chunk, and equal shares of what is left.
@@ -117,11 +129,14 @@ def attend_prefill(
         count = rounds * config.chunk + jnp.clip(rest - cta * share, 0, share)
         num_chunks = lax.div(count + (config.chunk - 1), jnp.int32(config.chunk))
 
+        def first_tile_of(chunk):
+            """The number of the first tile of the CTA's chunk."""
+            return chunk * round_size + cta * jnp.where(chunk < rounds, config.chunk, share)
+
         def tile_of(i):
             """The number of the CTA's tile i; of one behind the last, too, there is one."""
             chunk, within = lax.div(i, jnp.int32(config.chunk)), lax.rem(i, jnp.int32(config.chunk))
-            first = chunk * round_size + cta * jnp.where(chunk < rounds, config.chunk, share)
-            return jnp.clip(first + within, 0, max_tiles - 1)
+            return jnp.clip(first_tile_of(chunk) + within, 0, max_tiles - 1)
 
         def run_of(tile_run):
             return lax.shift_right_logical(tile_run, jnp.int32(1))
@@ -209,9 +224,17 @@ def attend_prefill(
             plgpu.set_max_registers(160, action="increase")
             own_count = jnp.maximum(lax.div(count - wg + (_WARPGROUPS - 1), jnp.int32(_WARPGROUPS)), 0)
 
-            def number_of(i):
-                """Of the warpgroup's tile i."""
-                return tile_of(wg + i * _WARPGROUPS)
+            per_chunk = config.chunk // _WARPGROUPS
+
+            def numbers_of(chunk):
+                """The numbers of the warpgroup's first tiles in the chunk and in the next one."""
+                return first_tile_of(chunk) + wg, first_tile_of(chunk + 1) + wg
+
+            def tile_run_of(i, numbers):
+                """Of the warpgroup's tile i from the first of a chunk on, or of the next; behind the last something."""
+                number, next_number = numbers
+                first = jnp.where(i < per_chunk, number, next_number - config.chunk)
+                return tile_run_gmem[jnp.minimum(first + i * _WARPGROUPS, max_tiles - 1)]
 
             def slot_of(i):
                 return wg * _TILES + lax.rem(i, jnp.int32(_TILES))
@@ -240,12 +263,28 @@ def attend_prefill(
                     limit = jnp.where(row < (r + 1) * GROUP, limits[r], limit)
                 return jnp.where(key <= limit, logits, -jnp.inf)
 
-            def step(i, carry, ahead):
-                """Tile i, of a chunk in which visits are so far ahead of runs."""
+            def in_base_2(largest):
+                """For each row slope and reference: the logits * slope - reference, one instruction, go into exp2.
+
+                The reference is the rounded product of the largest one, so that it weighs about 1; with a huge one the
+                rounding would be all that there is. There the slope is a power of two, which rounds nothing: such
+                logits are so far apart, or equal, that it does not matter by how much. It is not less than the factor,
+                so that the order of references is that of the largest logits.
+                """
+
+                def each(value):
+                    return full((_ROWS,), value, jnp.float32, _WGMMA.reduce(1))
+
+                is_huge = jnp.abs(largest) > _HUGE / factor
+                slope = jnp.where(is_huge, each(2.0 ** math.ceil(math.log2(factor))), each(factor))
+                return slope, largest * slope
+
+            def step(i, carry, first, numbers, ahead):
+                """Tile i, of a chunk from tile `first` on in which visits are so far ahead of runs."""
                 visit, tile_run, next_tile_run = carry
                 # Two tiles ahead, since it comes from memory.
-                following = next_tile_run, tile_run_gmem[number_of(i + 2)]
-                number = number_of(i)
+                following = next_tile_run, tile_run_of(i + 2 - first, numbers)
+                number = numbers[0] + (i - first) * _WARPGROUPS
                 this_visit = run_of(tile_run) + ahead
                 go_on(visit, this_visit)
                 page = lax.rem(this_visit, jnp.int32(_PAGES))
@@ -256,8 +295,7 @@ def attend_prefill(
                     return acc[...]
 
                 logits = pl.run_scoped(multiply_k, plgpu.ACC((_ROWS, PAGE_SIZE), jnp.float32))
-                # Results leave from where queries came in: once its stores have been read, the other slot is free,
-                # and so are the statistics.
+                # Results leave from where queries came in: once its stores have been read, the other slot is free.
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
                 @when(jnp.logical_and(i >= 1, i + 1 < own_count))
@@ -266,10 +304,10 @@ def attend_prefill(
 
                 is_cut = (tile_run & jnp.int32(1)) > 0
                 logits = cond(is_cut, mask, lambda logits, _: logits, logits, number)
-                largest = logits.max(axis=1)
-                # The difference first: scaled huge logits are not exact, and the largest must weigh 1.
-                weights = jnp.exp2((logits - lax.broadcast_in_dim(largest, logits.shape, [0])) * factor)
-                total = weights.sum(axis=1)
+                slope, reference = in_base_2(halved(jnp.maximum, logits, packing.COLUMNS).max(axis=1))
+                slopes, references = (lax.broadcast_in_dim(x, logits.shape, [0]) for x in (slope, reference))
+                weights = jnp.exp2(logits * slopes - references)
+                total = halved(jnp.add, weights, packing.COLUMNS).sum(axis=1)
                 weights = weights.astype(dtype)
 
                 def multiply_v(acc):
@@ -282,23 +320,22 @@ def attend_prefill(
                     return acc[...]
 
                 values = pl.run_scoped(multiply_v, plgpu.ACC((_ROWS, DIM), jnp.float32))
-                inverse = lax.broadcast_in_dim(1.0 / total, values.shape, [0])
-                q_smem.at[slot_of(i)][...] = (values * inverse).astype(dtype)
-                stats_smem.at[wg, 0][...] = largest
-                stats_smem.at[wg, 1][...] = total
+                words, unit = packing.pack(values, dtype)
+                rows = rows_smem.at[pl.ds(first_row(slot_of(i), dtype), _ROWS)]
+                for k, word in enumerate(words):
+                    rows.at[:, pl.ds(k * packing.COLUMNS, packing.COLUMNS)][...] = word
+                for k, statistic in enumerate((reference, total, unit), packing.words_of(dtype)):
+                    rows.at[:, k][...] = lax.bitcast_convert_type(statistic, jnp.int32)
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(q_smem.at[slot_of(i)], out_gmem.at[number], commit_group=False)
-                # The tile's as one: apart, to where each pair is merged, they take 100 us of 8,192 tokens' 1,080.
-                plgpu.copy_smem_to_gmem(stats_smem.at[wg], stats_gmem.at[number + 1], commit_group=False)
-                plgpu.commit_smem_to_gmem_group()
+                plgpu.copy_smem_to_gmem(rows, out_gmem.at[number])
                 return this_visit, *following
 
             def over_chunk(chunk, carry):
                 visits, (first_run, last_run), *state = carry
                 following = runs_of(chunk + 1)
-                first = chunk * (config.chunk // _WARPGROUPS)
-                end = jnp.minimum(first + config.chunk // _WARPGROUPS, own_count)
-                of_chunk = functools.partial(step, ahead=visits - first_run)
+                first = chunk * per_chunk
+                end = jnp.minimum(first + per_chunk, own_count)
+                of_chunk = functools.partial(step, first=first, numbers=numbers_of(chunk), ahead=visits - first_run)
                 return visits + last_run - first_run + 1, following, *lax.fori_loop(first, end, of_chunk, tuple(state))
 
             @when(count > 0)
@@ -306,18 +343,22 @@ def attend_prefill(
                 plgpu.barrier_wait(k_barrier.at[0])
                 plgpu.barrier_wait(v_barrier.at[0])
 
-            tile_runs = [tile_run_gmem[number_of(jnp.int32(i))] for i in range(2)]
+            tile_runs = [tile_run_of(jnp.int32(i), numbers_of(jnp.int32(0))) for i in range(2)]
             start = (jnp.int32(0), runs_of(jnp.int32(0)), jnp.int32(0), *tile_runs)
             visits, _, visit = lax.fori_loop(0, num_chunks, over_chunk, start)[:3]
             go_on(visit, visits - 1)
             plgpu.wait_smem_to_gmem(0)
 
     page = plgpu.SMEM((_PAGES, PAGE_SIZE, DIM), dtype, transforms=_TILE)
-    scratch = [
+    queries_and_rows = (
         plgpu.SMEM((_WARPGROUPS * _TILES, _ROWS, DIM), dtype, transforms=_TILE),
+        plgpu.SMEM((first_row(_WARPGROUPS * _TILES - 1, dtype) + _ROWS, row_words), jnp.int32),
+    )
+    scratch = [
+        # The interpreter takes a union as a whole for one or the other, not each slot for itself.
+        plgpu.RefUnion(*queries_and_rows) if interpret is None else queries_and_rows,
         page,
         page,
-        plgpu.SMEM((_WARPGROUPS, 2, _ROWS), jnp.float32),
         plgpu.Barrier(num_arrivals=TILE_PAIRS, num_barriers=_WARPGROUPS * _TILES),
         plgpu.Barrier(num_barriers=_PAGES),
         plgpu.Barrier(num_barriers=_PAGES),
@@ -329,10 +370,7 @@ def attend_prefill(
         scratch.append(plgpu.SMEM((_WARPGROUPS, _ROWS, PAGE_SIZE), dtype, transforms=_TILE))
     return plgpu.kernel(
         attend,
-        out_type=[
-            jax.ShapeDtypeStruct((max_tiles, _ROWS, DIM), dtype),
-            jax.ShapeDtypeStruct((max_tiles + 2, 2, _ROWS), jnp.float32),
-        ],
+        out_type=jax.ShapeDtypeStruct((max_tiles, _ROWS, row_words), jnp.int32),
         grid=(config.ctas,),
         grid_names=("cta",),
         num_threads=_WARPGROUPS + 1,

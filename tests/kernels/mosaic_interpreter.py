@@ -140,8 +140,8 @@ def attention_prefill() -> None:
     args = batch.attention_args(block_ids)
     for config in (
         # Windows of few rows, and chunks of which a CTA has several.
-        attending_prefill.TuningConfig(window=7, chunk=3, ctas=2),
-        attending_prefill.TuningConfig(window=16, chunk=6, ctas=3),
+        attending_prefill.TuningConfig(window=7, chunk=6, ctas=2),
+        attending_prefill.TuningConfig(window=16, chunk=9, ctas=3),
     ):
         # Several parts of the rows, each merged into its part of the result.
         attend = functools.partial(attention._prefill, scale=batch.scale, config=config, pairs=128, interpret=RACES)

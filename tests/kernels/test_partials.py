@@ -1,0 +1,80 @@
+"""How a prefill call packs its partial results: what is lost of them, and that they fit where they are kept."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.hopper import DIM
+from pallas_kernels.sparse_attention import mosaic_gpu_partials as packing
+from pallas_kernels.sparse_attention import mosaic_gpu_prefill as prefill
+
+DTYPES = (jnp.bfloat16, jnp.float16)
+# The last of the steps that a row's largest number has.
+MOST = {jnp.bfloat16: 511, jnp.float16: 8191}
+
+
+def unpacked(words, unit, dtype) -> np.ndarray:
+    groups = packing.unpack(words, dtype, jnp.int32(packing.mask_of(dtype)))
+    numbers = np.concatenate([np.asarray(group, np.float64) for group in groups], axis=1)
+    with np.errstate(invalid="ignore"):
+        return (numbers - packing.middle_of(dtype)) * np.asarray(unit, np.float64)[:, None]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_half_a_step_is_lost(dtype):
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal((256, DIM)) * 10.0 ** rng.uniform(-25, 30, (256, 1))
+    values[:3] = [[0], [1], [-1]]
+    values[3] = np.where(np.arange(DIM) == 5, 1e36, 0)
+    values = values.astype(np.float32)
+    words, unit = packing.pack(jnp.asarray(values), dtype)
+    assert len(words) * packing.COLUMNS == packing.words_of(dtype)
+    error = np.abs(unpacked(words, unit, dtype) - values).max(axis=1)
+    largest = np.abs(values).max(axis=1)
+    # In float32, hence a little more.
+    np.testing.assert_array_less(error, largest * (0.5 / MOST[dtype] + 1e-6) + 1e-37)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_steps_come_back_as_they_were(dtype):
+    most = MOST[dtype]
+    values = np.random.default_rng(0).integers(-most, most + 1, (512, DIM))
+    values[:, 7] = most
+    values[:, 120] = -most
+    words, unit = packing.pack(jnp.asarray(values, jnp.float32), dtype)
+    np.testing.assert_allclose(unpacked(words, unit, dtype), values, atol=0.01)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_row_that_is_not_finite_stays_so(dtype, value):
+    values = np.ones((2, DIM), np.float32)
+    values[1, 100] = value
+    words, unit = packing.pack(jnp.asarray(values), dtype)
+    assert np.isfinite(unit[0])
+    assert not np.isfinite(unit[1])
+    np.testing.assert_allclose(unpacked(words, unit, dtype)[0], 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_words_are_finite_numbers(dtype):
+    """What an unused slot brings is multiplied by 0."""
+    count = packing.words_of(dtype) // packing.COLUMNS
+    words = np.random.default_rng(0).integers(-(2**31), 2**31, (count, 64, packing.COLUMNS)).astype(np.int32)
+    words[:, 0] = -1
+    words[:, 1] = np.float32(np.nan).view(np.int32)
+    groups = np.stack(packing.unpack(list(map(jnp.asarray, words)), dtype, jnp.int32(packing.mask_of(dtype))))
+    assert ((groups >= 1) & (groups < 2)).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_results_lie_within_their_slot(dtype):
+    """Other slots hold queries that have not been multiplied yet."""
+    row = 4 * packing.row_words_of(dtype)
+    assert packing.words_of(dtype) + packing.STATISTICS <= packing.row_words_of(dtype)
+    slot_bytes = 64 * DIM * 2
+    for slot in range(6):
+        first = prefill.first_row(slot, dtype) * row
+        assert first % 128 == 0
+        assert slot * slot_bytes <= first
+        assert first + 64 * row <= (slot + 1) * slot_bytes
