@@ -65,7 +65,7 @@ def merge_prefill(
     groups = -(-units // _UNITS)
     dtype = out.dtype
     num_words, row_words = packing.words_of(dtype), partials.shape[2]
-    columns = packing.COLUMNS
+    widths = packing.widths_of(dtype)
     stages = min(config.stages, top_k // _SLOTS)
     places = jnp.pad(places, (0, (groups * _UNITS - units) * top_k), constant_values=-1)
     places = places.reshape(groups, _UNITS, top_k)
@@ -121,7 +121,7 @@ def merge_prefill(
             return result
 
         def spread(rows):
-            return mosaic.spread(rows, (_ROWS, columns), 0, _WGMMA)
+            return {width: mosaic.spread(rows, (_ROWS, width), 0, _WGMMA) for width in set(widths)}
 
         def step(number, carry):
             acc, shifted, reference, whole = carry
@@ -142,15 +142,13 @@ def merge_prefill(
             rescale, *weights = (jnp.exp2(x - raised) for x in (reference, *references))
             scales = [x * weight for x, weight in zip(units_of, weights, strict=True)]
             rescale_all = spread(rescale)
-            acc = [x * rescale_all for x in acc]
+            acc = [x * rescale_all[x.shape[1]] for x in acc]
             for i, scale in enumerate(scales):
-                words = [
-                    mosaic.load(partials_smem.at[stage, i, :, pl.ds(k, columns)], _WGMMA)
-                    for k in range(0, num_words, columns)
-                ]
+                words = mosaic.load(partials_smem.at[stage, i, :, pl.ds(0, num_words)], _WGMMA)
                 scale_all = spread(scale)
                 # Of an unused slot the words are any, which are finite numbers.
-                acc = [x + y * scale_all for x, y in zip(acc, packing.unpack(words, dtype, mask), strict=True)]
+                numbers = packing.unpack(words, dtype, mask)
+                acc = [x + y * scale_all[y.shape[1]] for x, y in zip(acc, numbers, strict=True)]
             # The reads have to be over before the copy engine writes there again.
             plgpu.commit_smem()
 
@@ -162,7 +160,7 @@ def merge_prefill(
             return acc, shifted * rescale + sum(scales), raised, whole
 
         nothing, lowest = (mosaic.full((_ROWS,), x, jnp.float32, _WGMMA.reduce(1)) for x in (0.0, _LOWEST))
-        acc = [mosaic.full((_ROWS, columns), 0.0, jnp.float32, _WGMMA) for _ in range(DIM // columns)]
+        acc = [mosaic.full((_ROWS, width), 0.0, jnp.float32, _WGMMA) for width in widths]
         acc, shifted, _, whole = lax.fori_loop(0, num_steps, step, (acc, nothing, lowest, nothing))
         acc = jnp.concatenate(acc, axis=1)
         inverse = jnp.where(whole > 0, 1.0 / whole, 0.0)

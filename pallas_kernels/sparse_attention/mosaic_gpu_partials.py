@@ -2,14 +2,14 @@
 
 They are most of what such a call writes and reads. The numbers of a row are in steps of which its largest number has
 as many as the bits can tell: for bfloat16 10 bits lose at most 1 / 1,022 of the row's largest number, where bfloat16
-itself loses up to 1 / 256 of each. Columns are taken 8 at a time, which is as they lie in registers: as many such
-groups as fit share a word, and those left over are spread over the bits that are free at the words' tops.
+itself loses up to 1 / 256 of each. As many numbers as fit share a word, as far apart as a row has words, so that whole
+arrays are packed at a time. The last columns, 8 at a time as they lie in registers, are spread over the bits that are
+free at the words' tops.
 
 A row: words_of(dtype) words; then, as float32, the reference and the total of its softmax, sum(exp2(logits -
 reference)) of logits in base 2, and the unit of its numbers; then nothing up to row_words_of(dtype).
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -22,7 +22,6 @@ from pallas_kernels.hopper import DIM
 
 COLUMNS = 8
 STATISTICS = 3
-_GROUPS = DIM // COLUMNS
 _WORD = 32
 # Of float32: bits behind the point, and what 1 and 2 ** 23 are kept as. From there on all numbers are whole.
 _FRACTION = 23
@@ -46,6 +45,12 @@ def row_words_of(dtype: Any) -> int:
     return 44 if dtype == jnp.bfloat16 else 64
 
 
+def widths_of(dtype: Any) -> list[int]:
+    """Of the arrays that a row's columns are cut into."""
+    num_words, per_word = words_of(dtype), _WORD // _bits_of(dtype)
+    return [num_words] * per_word + [COLUMNS] * ((DIM - num_words * per_word) // COLUMNS)
+
+
 def _place_of(bits: int) -> int:
     """Where in the fraction of a float32 a number is put: high enough that sums of many are exact enough."""
     return min(bits, _FRACTION - bits)
@@ -63,55 +68,60 @@ def mask_of(dtype: Any) -> int:
     return (2**bits - 1) << _place_of(bits)
 
 
-def pack(values: Float32[Array, "R H"], dtype: Any) -> tuple[list[Int32[Array, "R 8"]], Float32[Array, " R"]]:
+def pack(values: Float32[Array, "R H"], dtype: Any) -> tuple[Int32[Array, "R W"], Float32[Array, " R"]]:
     """The words of each row's numbers, and its unit: values are (unpack(words) - middle) * unit.
 
     The unit of a row with a NaN or an infinity is one.
     """
-    bits = _bits_of(dtype)
-    half, per_word = 2 ** (bits - 1), _WORD // bits
-    spare, num_words = _WORD - per_word * bits, words_of(dtype) // COLUMNS
-    largest = jnp.maximum(mosaic.halved(jnp.maximum, jnp.abs(values), COLUMNS).max(axis=1), half * _LEAST)
-    steps = lax.broadcast_in_dim(1.0 / largest * (half - 1), (values.shape[0], COLUMNS), [0])
+    bits, num_words = _bits_of(dtype), words_of(dtype)
+    half, spare = 2 ** (bits - 1), _WORD % bits
+    largest = lax.max(mosaic.halved(lax.max, lax.abs(values), COLUMNS).max(axis=1), jnp.float32(half * _LEAST))
+    # Rounded by the addition of what makes them whole.
+    values = values * lax.broadcast_in_dim(1.0 / largest * (half - 1), values.shape, [0])
 
-    def number(group: int, above: int) -> jax.Array:
-        """The number + half of a group's columns, which the addition rounds; `above` goes into the bits above it."""
-        columns = values[:, group * COLUMNS : (group + 1) * COLUMNS]
-        return lax.bitcast_convert_type(columns * steps + jnp.float32(2.0**_FRACTION + above + half), jnp.int32)
+    def joined(first: int, width: int, count: int) -> jax.Array:
+        """Numbers + half of so many columns side by side.
 
-    def joined(first: int, count: int) -> jax.Array:
-        """Side by side. The second one makes up for what is above the first; of others it leaves at the top."""
-        word = number(first, 0)
-        for i in range(1, count):
+        Above a number are bits of its float32. The second number makes up for those of the first; of others they leave
+        at the top.
+        """
+        word = None
+        for i in range(count):
             above = (2**_WORD - _WHOLE) >> bits if i == 1 else 0
-            word = word + (number(first + i, above) << (i * bits))
+            columns = values[:, first + i * width : first + (i + 1) * width] + jnp.float32(2**_FRACTION + above + half)
+            number = lax.bitcast_convert_type(columns, jnp.int32)
+            word = number if word is None else word + lax.shift_left(number, jnp.int32(i * bits))
+        assert word is not None
         return word
 
-    words = [joined(k * per_word, per_word) for k in range(num_words)]
-    rest = joined(num_words * per_word, _GROUPS - num_words * per_word)
-    top = jnp.int32(-(1 << (_WORD - spare)))
-    tops = (rest << (_WORD - spare * (num_words - k)) for k in range(num_words))
-    words = [word | (bits & top) for word, bits in zip(words, tops, strict=True)]
-    return words, largest * (2.0 ** (_FRACTION - _place_of(bits)) / (half - 1))
+    words = joined(0, num_words, _WORD // bits)
+    packed = num_words * (_WORD // bits)
+    rest = joined(packed, COLUMNS, (DIM - packed) // COLUMNS)
+    shifts = range(_WORD - spare * (num_words // COLUMNS), _WORD, spare)
+    tops = lax.concatenate([lax.shift_left(rest, jnp.int32(shift)) for shift in shifts], 1)
+    words = words | (tops & jnp.int32(-(1 << (_WORD - spare))))
+    return words, largest * jnp.float32(2.0 ** (_FRACTION - _place_of(bits)) / (half - 1))
 
 
-def unpack(words: list[Int32[Array, "R 8"]], dtype: Any, mask: Any) -> list[Float32[Array, "R 8"]]:
-    """The numbers of each group of columns, from 1 to 2, whatever the words.
+def unpack(words: Int32[Array, "R W"], dtype: Any, mask: Any) -> list[Float32[Array, "R _"]]:
+    """The numbers of a row's columns, from 1 to 2, whatever the words: arrays of `widths_of` columns.
 
     The mask is that of `mask_of`; a kernel should read it from memory, since a constant is put into a register of its
     own for each of its uses.
     """
-    bits = _bits_of(dtype)
-    per_word, place = _WORD // bits, _place_of(bits)
-    spare = _WORD - per_word * bits
-    tops = (lax.shift_right_logical(word, jnp.int32(_WORD - spare)) for word in words)
-    rest = functools.reduce(lambda rest, top: rest << spare | top, tops)
-    fields = [(word, i) for word in words for i in range(per_word)]
-    fields += [(rest, i) for i in range(_GROUPS - len(fields))]
+    bits, num_words = _bits_of(dtype), words_of(dtype)
+    place, spare = _place_of(bits), _WORD % bits
+    tops = lax.shift_right_logical(words, jnp.int32(_WORD - spare))
+    rest = tops[:, :COLUMNS]
+    for first in range(COLUMNS, num_words, COLUMNS):
+        rest = lax.shift_left(rest, jnp.int32(spare)) | tops[:, first : first + COLUMNS]
+    count = len(widths_of(dtype))
+    fields = [(words, i) if i < _WORD // bits else (rest, i - _WORD // bits) for i in range(count)]
 
     def number(word: jax.Array, i: int) -> jax.Array:
         right = i * bits - place
-        placed = lax.shift_right_logical(word, jnp.int32(right)) if right > 0 else word << -right
+        shift = lax.shift_right_logical if right > 0 else lax.shift_left
+        placed = shift(word, jnp.int32(abs(right)))
         return lax.bitcast_convert_type(placed & mask | jnp.int32(_ONE), jnp.float32)
 
     return [number(*field) for field in fields]

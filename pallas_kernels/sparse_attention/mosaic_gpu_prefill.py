@@ -322,9 +322,8 @@ def attend_prefill(
                 values = pl.run_scoped(multiply_v, plgpu.ACC((_ROWS, DIM), jnp.float32))
                 words, unit = packing.pack(values, dtype)
                 rows = rows_smem.at[pl.ds(first_row(slot_of(i), dtype), _ROWS)]
-                for k, word in enumerate(words):
-                    rows.at[:, pl.ds(k * packing.COLUMNS, packing.COLUMNS)][...] = word
-                for k, statistic in enumerate((reference, total, unit), packing.words_of(dtype)):
+                rows.at[:, pl.ds(0, words.shape[1])][...] = words
+                for k, statistic in enumerate((reference, total, unit), words.shape[1]):
                     rows.at[:, k][...] = lax.bitcast_convert_type(statistic, jnp.int32)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(rows, out_gmem.at[number])
