@@ -137,10 +137,10 @@ def merge_prefill(
                 floats = (lax.bitcast_convert_type(word, jnp.float32) for word in words)
                 return [jnp.where(valid, x, jnp.float32(of_nothing)) for valid, x in zip(valid, floats, strict=True)]
 
-            references, totals, units_of = (statistic(k, x) for k, x in enumerate((_LOWEST, 0.0, 0.0)))
+            references, totals, row_units = (statistic(k, x) for k, x in enumerate((_LOWEST, 0.0, 0.0)))
             raised = functools.reduce(jnp.maximum, references, reference)
             rescale, *weights = (jnp.exp2(x - raised) for x in (reference, *references))
-            scales = [x * weight for x, weight in zip(units_of, weights, strict=True)]
+            scales = [x * weight for x, weight in zip(row_units, weights, strict=True)]
             rescale_all = spread(rescale)
             acc = [x * rescale_all[x.shape[1]] for x in acc]
             for i, scale in enumerate(scales):

@@ -21,7 +21,6 @@ from pallas_kernels import mosaic
 from pallas_kernels.hopper import DIM
 
 COLUMNS = 8
-STATISTICS = 3
 _WORD = 32
 # Of float32: bits behind the point, and what 1 and 2 ** 23 are kept as. From there on all numbers are whole.
 _FRACTION = 23
