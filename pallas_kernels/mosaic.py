@@ -10,6 +10,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+# The fewest of an array as a wgmma leaves it.
+COLUMNS = 8
+
 
 def compiler_params(**others: Any) -> plgpu.CompilerParams:
     """Parameters of a kernel that says the layout of every array in registers where it comes to be.
@@ -51,9 +54,9 @@ def when(predicate: Any) -> Callable[[Callable[[], None]], None]:
     return lambda body: cond(predicate, body, lambda: None)
 
 
-def halved(combine: Callable, values: Any, columns: int) -> Any:
-    """[R, C] as [R, columns], halves combined again and again: otherwise a row is reduced by one long chain."""
-    while values.shape[1] > columns:
+def halved(combine: Callable, values: Any) -> Any:
+    """[R, C] as [R, COLUMNS], halves combined again and again: otherwise a row is reduced by one long chain."""
+    while values.shape[1] > COLUMNS:
         half = values.shape[1] // 2
         values = combine(values[:, :half], values[:, half:])
     return values

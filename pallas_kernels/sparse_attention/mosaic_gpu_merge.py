@@ -91,7 +91,6 @@ def merge_prefill(
         group = lax.axis_index("group")
         first_unit, mask = first_unit_gmem[0], mask_gmem[0]
         num_steps = lax.div(slots_gmem[group] + (_SLOTS - 1), jnp.int32(_SLOTS))
-        # The only layout: it settles the others, and the compiler would try out each that it is told.
         row = plgpu.broadcasted_iota(jnp.int32, (_ROWS,), 0, layout=_WGMMA.reduce(1))
         is_before = [row < (unit + 1) * GROUP for unit in range(_UNITS - 1)]
         plgpu.copy_gmem_to_smem(places_gmem.at[group], places_smem, places_barrier)

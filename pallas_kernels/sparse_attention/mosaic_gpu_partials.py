@@ -3,8 +3,8 @@
 They are most of what such a call writes and reads. The numbers of a row are in steps of which its largest number has
 as many as the bits can tell: for bfloat16 10 bits lose at most 1 / 1,022 of the row's largest number, where bfloat16
 itself loses up to 1 / 256 of each. As many numbers as fit share a word, as far apart as a row has words, so that whole
-arrays are packed at a time. The last columns, 8 at a time as they lie in registers, are spread over the bits that are
-free at the words' tops.
+arrays are packed at a time. The last columns, a few at a time as they lie in registers, are spread over the bits
+that are free at the words' tops.
 
 A row: words_of(dtype) words; then, as float32, the reference and the total of its softmax, sum(exp2(logits -
 reference)) of logits in base 2, and the unit of its numbers; then nothing up to row_words_of(dtype).
@@ -17,10 +17,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float32, Int32
 
-from pallas_kernels import mosaic
 from pallas_kernels.hopper import DIM
+from pallas_kernels.mosaic import COLUMNS, halved
 
-COLUMNS = 8
 _WORD = 32
 # Of float32: bits behind the point, and what 1 and 2 ** 23 are kept as. From there on all numbers are whole.
 _FRACTION = 23
@@ -74,7 +73,7 @@ def pack(values: Float32[Array, "R H"], dtype: Any) -> tuple[Int32[Array, "R W"]
     """
     bits, num_words = _bits_of(dtype), words_of(dtype)
     half, spare = 2 ** (bits - 1), _WORD % bits
-    largest = lax.max(mosaic.halved(lax.max, lax.abs(values), COLUMNS).max(axis=1), jnp.float32(half * _LEAST))
+    largest = lax.max(halved(lax.max, lax.abs(values)).max(axis=1), jnp.float32(half * _LEAST))
     # Rounded by the addition of what makes them whole.
     values = values * lax.broadcast_in_dim(1.0 / largest * (half - 1), values.shape, [0])
 

@@ -304,10 +304,10 @@ def attend_prefill(
 
                 is_cut = (tile_run & jnp.int32(1)) > 0
                 logits = cond(is_cut, mask, lambda logits, _: logits, logits, number)
-                slope, reference = in_base_2(halved(jnp.maximum, logits, packing.COLUMNS).max(axis=1))
+                slope, reference = in_base_2(halved(jnp.maximum, logits).max(axis=1))
                 slopes, references = (lax.broadcast_in_dim(x, logits.shape, [0]) for x in (slope, reference))
                 weights = jnp.exp2(logits * slopes - references)
-                total = halved(jnp.add, weights, packing.COLUMNS).sum(axis=1)
+                total = halved(jnp.add, weights).sum(axis=1)
                 weights = weights.astype(dtype)
 
                 def multiply_v(acc):

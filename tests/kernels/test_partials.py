@@ -4,7 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.hopper import DIM
+from m3_jax import plan
+from pallas_kernels.hopper import DIM, GROUP
+from pallas_kernels.sparse_attention import mosaic_gpu
 from pallas_kernels.sparse_attention import mosaic_gpu_partials as packing
 from pallas_kernels.sparse_attention import mosaic_gpu_prefill as prefill
 
@@ -72,8 +74,15 @@ def test_results_lie_within_their_slot(dtype):
     row = 4 * packing.row_words_of(dtype)
     assert packing.words_of(dtype) + 3 <= packing.row_words_of(dtype)
     slot_bytes = 64 * DIM * 2
-    for slot in range(6):
+    for slot in range(prefill._WARPGROUPS * prefill._TILES):
         first = prefill.first_row(slot, dtype) * row
         assert first % 128 == 0
         assert slot * slot_bytes <= first
         assert first + 64 * row <= (slot + 1) * slot_bytes
+
+
+def test_the_planner_of_memory_knows_their_size():
+    """It has the numbers by itself, since it is there without the kernels."""
+    sizes = [4 * GROUP * packing.row_words_of(dtype) for dtype in DTYPES]
+    assert sizes == [plan.PARTIAL_BYTES, plan.WIDE_PARTIAL_BYTES]
+    assert plan.PARTIALS == mosaic_gpu._PAIRS
