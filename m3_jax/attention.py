@@ -1,6 +1,5 @@
 """Grouped-query attention with per-head norms and partial rotation: dense, or block-sparse where an indexer chooses."""
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -9,8 +8,7 @@ from m3_jax.cache import LayerCache, Step, write_kv
 from m3_jax.config import M3Config
 from m3_jax.dense_attention import dense_attention
 from m3_jax.indexer import Indexer
-from m3_jax.layers import Projection, RMSNorm, rotate
-from m3_jax.sharding import axis_size
+from m3_jax.layers import Projection, RMSNorm, project, rotate
 from pallas_kernels import (
     Heads,
     norm_rope_cache,
@@ -99,23 +97,21 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "BT N H"], Float[Array, "BT K I"] | None, LayerCache]:
         """Queries and index queries, normed and rotated, and the cache with the pass's keys and values in it."""
 
-        def rows(heads: Array) -> Array:
-            return heads.reshape(-1, *heads.shape[2:])
-
-        # On a mesh queries are few enough for XLA to compute all projections as one, of more matrices than it joins
-        # without a copy of them: it must not see that the input is the same.
-        queries = self.q_proj(jax.lax.optimization_barrier(x)) if axis_size("tensor") > 1 else self.q_proj(x)
+        projections = [self.q_proj, self.k_proj, self.v_proj]
+        if self.indexer is not None:
+            projections += [self.indexer.q_proj, self.indexer.k_proj]
+        q, k, v, *index = (heads.reshape(-1, *heads.shape[2:]) for heads in project(x, *projections))
         heads = [
-            Heads(rows(queries), self.q_norm.weight[...], None),
-            Heads(rows(self.k_proj(x)), self.k_norm.weight[...], layer.k),
-            Heads(rows(self.v_proj(x)), None, layer.v),
+            Heads(q, self.q_norm.weight[...], None),
+            Heads(k, self.k_norm.weight[...], layer.k),
+            Heads(v, None, layer.v),
         ]
         if self.indexer is not None:
             assert layer.index_k is not None, "a sparse layer has index keys"
-            index_q, index_k = self.indexer.project(x)
+            index_q, index_k = index
             heads += [
-                Heads(rows(index_q), self.indexer.q_norm.weight[...], None),
-                Heads(rows(index_k), self.indexer.k_norm.weight[...], layer.index_k[:, None]),
+                Heads(index_q, self.indexer.q_norm.weight[...], None),
+                Heads(index_k[:, None], self.indexer.k_norm.weight[...], layer.index_k[:, None]),
             ]
         cos, sin = (table.reshape(-1, table.shape[-1]) for table in rotary)
         pages, slots = step.slots(layer.k.shape[0], layer.k.shape[2])

@@ -46,15 +46,10 @@ class Indexer(nnx.Module):
         self, x: Float[Array, "B T D"], rotary: tuple[Array, Array], layer: LayerCache, step: Step
     ) -> tuple[Int[Array, "BT K C"], LayerCache]:
         """Writes the pass's index keys and chooses blocks for every row, as `pallas_kernels` defines `block_ids`."""
-        q, k = self.project(x)
-        q = rotate(self.q_norm(q), rotary)
-        k = rotate(self.k_norm(k), rotary)[:, :, 0, :]
+        q = rotate(self.q_norm(self.q_proj(x)), rotary)
+        k = rotate(self.k_norm(self.k_proj(x)[:, :, None, :]), rotary)[:, :, 0, :]
         layer = write_index_k(layer, step, k)
         return self.choose(q.reshape(-1, *q.shape[2:]), layer, step), layer
-
-    def project(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T K I"], Float[Array, "B T 1 I"]]:
-        """Index queries and keys before norm and rotation."""
-        return self.q_proj(x), self.k_proj(x)[:, :, None, :]
 
     def choose(self, q: Float[Array, "BT K I"], layer: LayerCache, step: Step) -> Int[Array, "BT K C"]:
         """Blocks for every row, once the pass's index keys are in the cache."""

@@ -5,6 +5,7 @@ projection says what is contracted.
 """
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,11 @@ from jaxtyping import Array, Float, Int
 
 from m3_jax.config import M3Config
 from m3_jax.sharding import all_reduce, axis_index, axis_size
+from pallas_kernels import skinny_matmul
 
 INIT_STDDEV = 0.02
+# Rows, as of a decode step, of which a product takes the time in which its matrix is read.
+FEW_ROWS = 64
 
 
 class Weight(nnx.Param[jax.Array]):
@@ -38,7 +42,10 @@ class Weight(nnx.Param[jax.Array]):
 
 
 class Projection(nnx.Module):
-    """A product with one matrix and no bias; `equation` names the dimensions of input, weight and output."""
+    """A product with one matrix and no bias; `equation` names the dimensions of input, weight and output.
+
+    What is contracted comes last in input and weight.
+    """
 
     def __init__(
         self,
@@ -53,7 +60,22 @@ class Projection(nnx.Module):
         self.weight = Weight(shape, logical_axes, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
+        if x.shape[0] * x.shape[1] <= FEW_ROWS:
+            return project(x, self)[0]
         return jnp.einsum(self.equation, x, self.weight[...])
+
+
+def project(x: Float[Array, "B T ..."], *projections: Projection) -> list[Array]:
+    """Several projections of the same few rows, whose matrices are read in one go."""
+    rows = x.reshape(x.shape[0] * x.shape[1], -1)
+    matrices = [projection.weight[...].reshape(-1, rows.shape[1]) for projection in projections]
+    outputs = []
+    for projection, product in zip(projections, skinny_matmul(rows, matrices), strict=True):
+        given, weight, output = re.split(",|->", projection.equation)
+        free = [(name, size) for name, size in zip(weight, projection.weight.shape, strict=True) if name not in given]
+        product = product.reshape(*x.shape[:2], *(size for _, size in free))
+        outputs.append(jnp.einsum(f"{given[:2]}{''.join(name for name, _ in free)}->{output}", product))
+    return outputs
 
 
 class RMSNorm(nnx.Module):

@@ -1,9 +1,9 @@
 """The operations of MiniMax-M3 that have kernels of their own in JAX.
 
 Paged block-sparse attention (choose blocks of keys, attend to them) over flat token rows and paged caches, dense
-attention at decode, norm, rotation and cache write in one, the grouped matmuls of a mixture of experts, and the small
-sums over devices of a decode step. Each has one public function and any number of implementations behind it (see
-`pallas_kernels.dispatch`).
+attention at decode, the projections of a decode step, norm, rotation and cache write in one, the grouped matmuls of a
+mixture of experts, and the small sums over devices of a decode step. Each has one public function and any number of
+implementations behind it (see `pallas_kernels.dispatch`).
 """
 
 from pallas_kernels.all_reduce import all_reduce
@@ -16,6 +16,7 @@ from pallas_kernels.index_topk import (
 )
 from pallas_kernels.norm_rope_cache import Heads, norm_rope_cache
 from pallas_kernels.paged_attention import paged_attention_decode
+from pallas_kernels.skinny_matmul import skinny_matmul
 from pallas_kernels.sparse_attention import sparse_attention_decode, sparse_attention_prefill
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "index_topk_prefill",
     "norm_rope_cache",
     "paged_attention_decode",
+    "skinny_matmul",
     "sparse_attention_decode",
     "sparse_attention_prefill",
 ]

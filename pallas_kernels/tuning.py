@@ -48,7 +48,7 @@ COMPILERS = 8
 class Problem:
     """A call of a public operation: `tokens` new ones in each of `sequences`, at the end of `context` tokens.
 
-    A grouped matmul knows no context: the tokens' experts take the place of the block tables.
+    A matmul knows no context: the tokens' experts, or the tokens themselves, take the place of the block tables.
     """
 
     operation: str
@@ -59,7 +59,8 @@ class Problem:
 
     def __str__(self) -> str:
         if not self.context:
-            return f"{self.operation}, {self.sequences} x {self.tokens} tokens"
+            heads = f", {self.kv_heads} KV heads" if "skinny" in self.operation else ""
+            return f"{self.operation}, {self.sequences} x {self.tokens} tokens{heads}"
         sizes = f"{self.sequences} x {self.tokens} of {self.context}"
         return f"{self.operation}, {sizes}, {self.kv_heads} KV heads"
 
@@ -70,10 +71,10 @@ class Problem:
 
     @property
     def num_tables(self) -> int:
-        """Block tables, or sizes of groups, that take turns."""
+        """Block tables, sizes of groups, or rows that take turns."""
         if "prefill" in self.operation:
             return 1
-        if "grouped" in self.operation:
+        if "matmul" in self.operation or "grouped" in self.operation:
             return 4
         pages = self.sequences * self.pages
         if "attention" in self.operation:
@@ -99,6 +100,19 @@ def problems() -> Iterator[Problem]:
     for operation in ("grouped_swiglu", "grouped_matmul"):
         for tokens in (1, 64, 8192):
             yield Problem(operation, 1, tokens=tokens)
+    for tokens in (1, 16, 64):
+        # On one device, and on each of four.
+        for kv_heads in (4, 1):
+            yield Problem("skinny_matmul", 1, tokens=tokens, kv_heads=kv_heads)
+
+
+def skinny_arrays(problem: Problem) -> tuple[jax.Array, ...]:
+    """Rows [n, T, I], and the matrices of a sparse layer's queries, keys, values, index queries and index keys."""
+    heads = (hopper.GROUP * problem.kv_heads, *[problem.kv_heads] * 3, 1)
+    keys = jax.random.split(jax.random.key(0), len(heads) + 1)
+    rows = (problem.num_tables, problem.sequences * problem.tokens, MODEL_WIDTH)
+    shapes = [(count * hopper.DIM, MODEL_WIDTH) for count in heads]
+    return tuple(jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, (rows, *shapes), strict=True))
 
 
 def grouped_arrays(problem: Problem) -> tuple[jax.Array, ...]:
@@ -118,9 +132,14 @@ def grouped_arrays(problem: Problem) -> tuple[jax.Array, ...]:
 
 
 def arrays(problem: Problem) -> tuple[Any, ...]:
-    """Block tables i32[n, B, M] and the operation's other arguments, in its order: random, the pages permuted."""
+    """What takes turns, as a rule block tables i32[n, B, M], and the operation's other arguments, in its order: random.
+
+    Pages are permuted.
+    """
     if "grouped" in problem.operation:
         return grouped_arrays(problem)
+    if "skinny" in problem.operation:
+        return skinny_arrays(problem)
     keys = iter(jax.random.split(jax.random.key(0), 6))
     sequences, tokens, kv_heads = problem.sequences, problem.tokens, problem.kv_heads
     rows, pages = sequences * tokens, sequences * problem.pages
@@ -155,17 +174,24 @@ def arrays(problem: Problem) -> tuple[Any, ...]:
 def on_every_table(problem: Problem) -> Callable[..., Any]:
     """A new function of `arrays`, which jax therefore traces anew."""
     operation = getattr(pallas_kernels, problem.operation)
-    num_lengths = 0 if "grouped" in problem.operation else 3 if "prefill" in problem.operation else 1
+    num_lengths = 0 if not problem.context else 3 if "prefill" in problem.operation else 1
     if "topk" in problem.operation:
         operation = functools.partial(operation, top_k=TOP_K)
     if "swiglu" in problem.operation:
         operation = functools.partial(operation, alpha=1.702, limit=7.0, beta=1.0)
+    if "skinny" in problem.operation:
+        operation = _side_by_side
 
     def run(tables: jax.Array, *rest: jax.Array) -> jax.Array:
         before, lengths = rest[: len(rest) - num_lengths], rest[len(rest) - num_lengths :]
         return lax.map(lambda table: operation(*before, table, *lengths), tables)
 
     return run
+
+
+def _side_by_side(*arrays: jax.Array) -> jax.Array:
+    """Products of the rows, the last array, with all others, which are matrices."""
+    return jnp.concatenate(pallas_kernels.skinny_matmul(arrays[-1], arrays[:-1]), axis=1)
 
 
 Chosen = dict[tuple[str, tuned.Bucket], Any]

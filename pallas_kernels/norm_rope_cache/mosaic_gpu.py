@@ -44,8 +44,8 @@ def _run(heads, cos, sin, pages, slots, *, eps: float, interpret: Any = None):
     dtype = heads[0].x.dtype
     caches = [jax.new_ref(one.cache) for one in heads if one.cache is not None]
     norms = [one.norm for one in heads if one.norm is not None]
-    # Side by side, as one matmul for all of them may have made them: then this is no operation.
-    x = jnp.concatenate([one.x for one in heads], axis=1)
+    # Side by side, as one matmul for all of them may have made them: then this is no operation, if the heads are flat.
+    x = jnp.concatenate([one.x.reshape(num_rows, -1) for one in heads], axis=1).reshape(num_rows, -1, DIM)
     before = [sum(one.x.shape[1] for one in heads[:which]) for which in range(len(heads))]
     # (which of the heads, first head, how many) of each CTA of a row.
     tiles = [

@@ -12,6 +12,7 @@ from dataclasses import replace
 import jax
 import norm_rope_cases
 import numpy as np
+import skinny_matmul_cases
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernel_cases import Case, Sizes, check_attention, every_block, make_batch, random_choice
 
@@ -23,6 +24,7 @@ from pallas_kernels.index_topk import mosaic_gpu_choose_prefill as choosing_pref
 from pallas_kernels.index_topk.shares import Shares
 from pallas_kernels.norm_rope_cache import mosaic_gpu as norm_rope
 from pallas_kernels.paged_attention import mosaic_gpu as paged
+from pallas_kernels.skinny_matmul import mosaic_gpu as skinny
 from pallas_kernels.sparse_attention import mosaic_gpu as attention
 from pallas_kernels.sparse_attention import mosaic_gpu_decode as attending
 from pallas_kernels.sparse_attention import mosaic_gpu_prefill as attending_prefill
@@ -134,6 +136,15 @@ def paged_attention_decode() -> None:
     check_attention(batch, jax.jit(attend)(q, k, v, *lengths), block_ids)
 
 
+def skinny_matmul() -> None:
+    """One CTA for its channels, and several that add what they have; more stages than steps, and fewer."""
+    for case in skinny_matmul_cases.CASES:
+        rows, matrices = skinny_matmul_cases.make(case)
+        for config in (skinny.TuningConfig(1, 3, 128), skinny.TuningConfig(3, 1, 128)):
+            product = skinny.multiply(rows, *matrices, config=config, interpret=RACES)
+            skinny_matmul_cases.check(rows, [jax.numpy.concatenate(matrices)], [product])
+
+
 def attention_prefill() -> None:
     batch = make_batch(CASE, decode=False)
     block_ids = batch.choice()
@@ -159,6 +170,7 @@ CHECKS = {
         norm_rope_cache,
         paged_attention_decode,
         attention_prefill,
+        skinny_matmul,
     )
 }
 

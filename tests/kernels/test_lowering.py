@@ -94,6 +94,17 @@ def test_prefill(
     assert not unsigned
 
 
+@pytest.mark.parametrize(("rows", "outs"), [(1, (8192, 512, 128)), (12, (64, 128)), (64, (6144,))])
+def test_skinny_matmul(unsigned, rows: int, outs: tuple[int, ...]) -> None:
+    matrices = [array(out, 1024, dtype=jnp.bfloat16) for out in outs]
+    lower(
+        lambda rows, *matrices, impl: ops.skinny_matmul(rows, matrices, impl=impl),
+        array(rows, 1024, dtype=jnp.bfloat16),
+        *matrices,
+    )
+    assert not unsigned
+
+
 def test_what_is_looked_for_is_there(unsigned) -> None:
     """Else the tests above could not fail."""
     from jax.experimental.pallas import mosaic_gpu as plgpu

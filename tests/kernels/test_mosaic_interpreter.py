@@ -11,7 +11,7 @@ HERE = Path(__file__).parent
 # Those of a process, of which each takes seconds to start.
 CHECKS = (
     ("index_decode", "index_prefill", "index_candidates", "choose_special_scores"),
-    ("attention_decode", "paged_attention_decode", "attention_prefill", "norm_rope_cache"),
+    ("attention_decode", "paged_attention_decode", "attention_prefill", "norm_rope_cache", "skinny_matmul"),
 )
 
 
