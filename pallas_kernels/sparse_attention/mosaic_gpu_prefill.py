@@ -5,6 +5,10 @@ time: within one window, whose queries come again and again, out of the L2 cache
 a chunk, into a ring of two, by one warp; the queries of each tile by another. Three warpgroups take the tiles in turn:
 4 pairs of 16 query heads are the 64 rows of a wgmma. Every pair leaves its partial result and the statistics of its
 softmax, packed, to be merged afterwards.
+
+A softmax takes the largest logit off all of them lest a weight overflows, or all of them vanish. Where nothing is near
+to that, nothing has to be taken off and no largest one looked for, which is a twentieth of the time. So a first pass
+does without, and says whether what it found was within bounds; if any of it was not, a second one computes all anew.
 """
 
 # jax does not export every name of Mosaic GPU, and calls its transforms abstract.
@@ -22,7 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import DIM, GROUP, PAGE_SIZE, round_up
-from pallas_kernels.mosaic import compiler_params, cond, full, halved, when
+from pallas_kernels.mosaic import COLUMNS, compiler_params, cond, full, halved, when
 from pallas_kernels.sparse_attention import mosaic_gpu_partials as packing
 from pallas_kernels.sparse_attention.mosaic_gpu_plan import LIMIT_BITS, TILE_PAIRS, Plan
 
@@ -34,6 +38,9 @@ _WARPGROUPS = 3
 _PAGES, _TILES = 2, 2
 # Where logits in base 2 are nothing but even numbers in float32.
 _HUGE = 2.0**24
+# Sums of a row's weights for which no reference is needed, and units of its numbers: far from the ends of float32 and
+# bfloat16, so that no weight is lost but what is less than 2 ** -80 of its row's largest.
+_LEAST_TOTAL, _MOST_TOTAL, _MOST_UNIT = 2.0**-40, 2.0**60, 2.0**100
 
 
 @dataclass(frozen=True)
@@ -70,6 +77,11 @@ def first_row(slot, dtype: Any):
     return slot * round_up(-(-_ROWS * DIM * 2 // row), 128 // math.gcd(128, row))
 
 
+def partials_of(plan: Plan, dtype: Any) -> jax.ShapeDtypeStruct:
+    """What the pairs of a plan leave: rows as `mosaic_gpu_partials` says, i32[tiles, 4 * G, row words]."""
+    return jax.ShapeDtypeStruct((plan.tile_run.shape[0], _ROWS, packing.row_words_of(dtype)), jnp.int32)
+
+
 @functools.partial(jax.jit, static_argnames=("first_token", "scale", "config", "interpret"))
 def attend_prefill(
     q,
@@ -77,17 +89,22 @@ def attend_prefill(
     v,
     tails,
     plan: Plan,
+    by_largest,
+    is_needed,
+    partials,
     *,
     first_token: int,
     scale: float,
     config: TuningConfig,
     interpret: Any,
 ):
-    """Partial results of the pairs of a plan of the tokens from first_token on.
+    """Write the partial results of the pairs of a plan, of the tokens from first_token on, into a Ref.
 
     q [T, K, G, H]; k, v [P, K, S, H]; tails [B, K, S, H], the last page of each sequence without its unused slots.
-    Returns i32[tiles, 4 * G, row words] as `mosaic_gpu_partials` says. What belongs to no pair of the plan holds
-    anything.
+    by_largest: i32[1], 1 to refer every row's weights to its largest logit, 0 to refer none to anything.
+    is_needed: i32[1], 0 to compute nothing.
+    partials: Ref of `partials_of`. What belongs to no pair of the plan holds anything.
+    Returns i32[ctas, warpgroups, rows], 1 where what was found without reference is not within bounds.
     """
     kv_heads = k.shape[1]
     max_tiles = plan.tile_run.shape[0]
@@ -107,7 +124,11 @@ def attend_prefill(
         run_page_gmem,
         run_tail_gmem,
         ends_gmem,
+        by_largest_gmem,
+        is_needed_gmem,
+        ones_gmem,
         out_gmem,
+        is_beyond_gmem,
         queries_and_rows_smem,
         k_smem,
         v_smem,
@@ -117,11 +138,14 @@ def attend_prefill(
         k_free,
         v_free,
         q_free,
+        ones_smem,
+        ones_barrier,
         *weights_smem,
     ):
         q_smem, rows_smem = queries_and_rows_smem
         wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
-        num_tiles = ends_gmem[plan.ends.shape[0] - 1]
+        by_largest = by_largest_gmem[0] > 0
+        num_tiles = jnp.where(is_needed_gmem[0] > 0, ends_gmem[plan.ends.shape[0] - 1], jnp.int32(0))
         # Rounds in which every CTA takes a chunk, and equal shares of what is left.
         round_size = jnp.int32(config.ctas * config.chunk)
         rounds, rest = lax.div(num_tiles, round_size), lax.rem(num_tiles, round_size)
@@ -172,6 +196,8 @@ def attend_prefill(
             lax.fori_loop(0, count, step, units_of(jnp.int32(0)))
 
         def produce_pages():
+            plgpu.copy_gmem_to_smem(ones_gmem, ones_smem, ones_barrier)
+
             def visit(number, run):
                 head, page, tail = run_head_gmem[run], run_page_gmem[run], run_tail_gmem[run]
                 slot = lax.rem(number, jnp.int32(_PAGES))
@@ -263,7 +289,10 @@ def attend_prefill(
                     limit = jnp.where(row < (r + 1) * GROUP, limits[r], limit)
                 return jnp.where(key <= limit, logits, -jnp.inf)
 
-            def in_base_2(largest):
+            def each(value, dtype=jnp.float32):
+                return full((_ROWS,), value, dtype, _WGMMA.reduce(1))
+
+            def from_largest(logits):
                 """For each row slope and reference: the logits * slope - reference, one instruction, go into exp2.
 
                 The reference is the rounded product of the largest one, so that it weighs about 1; with a huge one the
@@ -271,17 +300,17 @@ def attend_prefill(
                 logits are so far apart, or equal, that it does not matter by how much. It is not less than the factor,
                 so that the order of references is that of the largest logits.
                 """
-
-                def each(value):
-                    return full((_ROWS,), value, jnp.float32, _WGMMA.reduce(1))
-
+                largest = halved(jnp.maximum, logits).max(axis=1)
                 is_huge = jnp.abs(largest) > _HUGE / factor
                 slope = jnp.where(is_huge, each(2.0 ** math.ceil(math.log2(factor))), each(factor))
                 return slope, largest * slope
 
+            def from_nothing(_):
+                return each(factor), each(0.0)
+
             def step(i, carry, first, numbers, ahead):
                 """Tile i, of a chunk from tile `first` on in which visits are so far ahead of runs."""
-                visit, tile_run, next_tile_run = carry
+                visit, tile_run, next_tile_run, least, most = carry
                 # Two tiles ahead, since it comes from memory.
                 following = next_tile_run, tile_run_of(i + 2 - first, numbers)
                 number = numbers[0] + (i - first) * _WARPGROUPS
@@ -304,22 +333,24 @@ def attend_prefill(
 
                 is_cut = (tile_run & jnp.int32(1)) > 0
                 logits = cond(is_cut, mask, lambda logits, _: logits, logits, number)
-                slope, reference = in_base_2(halved(jnp.maximum, logits).max(axis=1))
+                slope, reference = cond(by_largest, from_largest, from_nothing, logits)
                 slopes, references = (lax.broadcast_in_dim(x, logits.shape, [0]) for x in (slope, reference))
-                weights = jnp.exp2(logits * slopes - references)
-                total = halved(jnp.add, weights).sum(axis=1)
-                weights = weights.astype(dtype)
+                weights = jnp.exp2(logits * slopes - references).astype(dtype)
 
-                def multiply_v(acc):
+                def multiply_v(values, totals):
                     factor = weights
                     if weights_smem:
                         factor = weights_smem[0].at[wg]
                         factor[...] = weights
                         plgpu.commit_smem()
-                    plgpu.wgmma(acc, factor, v_smem.at[page])
-                    return acc[...]
+                    # The sum is of what is multiplied, so that the rounding of equal weights cancels.
+                    plgpu.wgmma(totals, factor, ones_smem.T)
+                    plgpu.wgmma(values, factor, v_smem.at[page])
+                    return values[...], totals[...]
 
-                values = pl.run_scoped(multiply_v, plgpu.ACC((_ROWS, DIM), jnp.float32))
+                accs = [plgpu.ACC((_ROWS, width), jnp.float32) for width in (DIM, COLUMNS)]
+                values, totals = pl.run_scoped(multiply_v, *accs)
+                total = totals.max(axis=1)  # of equal ones
                 words, unit = packing.pack(values, dtype)
                 rows = rows_smem.at[pl.ds(first_row(slot_of(i), dtype), _ROWS)]
                 rows.at[:, pl.ds(0, words.shape[1])][...] = words
@@ -327,7 +358,9 @@ def attend_prefill(
                     rows.at[:, k][...] = lax.bitcast_convert_type(statistic, jnp.int32)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(rows, out_gmem.at[number])
-                return this_visit, *following
+                least = jnp.minimum(least, total)
+                most = jnp.maximum(most, jnp.maximum(total, unit * (_MOST_TOTAL / _MOST_UNIT)))
+                return this_visit, *following, least, most
 
             def over_chunk(chunk, carry):
                 visits, (first_run, last_run), *state = carry
@@ -337,15 +370,19 @@ def attend_prefill(
                 of_chunk = functools.partial(step, first=first, numbers=numbers_of(chunk), ahead=visits - first_run)
                 return visits + last_run - first_run + 1, following, *lax.fori_loop(first, end, of_chunk, tuple(state))
 
+            plgpu.barrier_wait(ones_barrier)
+
             @when(count > 0)
             def _():
                 plgpu.barrier_wait(k_barrier.at[0])
                 plgpu.barrier_wait(v_barrier.at[0])
 
             tile_runs = [tile_run_of(jnp.int32(i), numbers_of(jnp.int32(0))) for i in range(2)]
-            start = (jnp.int32(0), runs_of(jnp.int32(0)), jnp.int32(0), *tile_runs)
-            visits, _, visit = lax.fori_loop(0, num_chunks, over_chunk, start)[:3]
+            start = (jnp.int32(0), runs_of(jnp.int32(0)), jnp.int32(0), *tile_runs, each(1.0), each(1.0))
+            visits, _, visit, _, _, least, most = lax.fori_loop(0, num_chunks, over_chunk, start)
             go_on(visit, visits - 1)
+            is_within = jnp.logical_and(least >= _LEAST_TOTAL, most <= _MOST_TOTAL)
+            is_beyond_gmem.at[cta, wg][...] = jnp.where(is_within, each(0, jnp.int32), each(1, jnp.int32))
             plgpu.wait_smem_to_gmem(0)
 
     page = plgpu.SMEM((_PAGES, PAGE_SIZE, DIM), dtype, transforms=_TILE)
@@ -364,12 +401,14 @@ def attend_prefill(
         plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=_PAGES),
         plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=_PAGES),
         plgpu.Barrier(num_barriers=_WARPGROUPS * _TILES),
+        plgpu.SMEM((COLUMNS, PAGE_SIZE), dtype, transforms=_TILE),
+        plgpu.Barrier(),
     ]
     if interpret is not None:  # it multiplies from shared memory only
         scratch.append(plgpu.SMEM((_WARPGROUPS, _ROWS, PAGE_SIZE), dtype, transforms=_TILE))
     return plgpu.kernel(
         attend,
-        out_type=jax.ShapeDtypeStruct((max_tiles, _ROWS, row_words), jnp.int32),
+        out_type=jax.ShapeDtypeStruct((config.ctas, _WARPGROUPS, _ROWS), jnp.int32),
         grid=(config.ctas,),
         grid_names=("cta",),
         num_threads=_WARPGROUPS + 1,
@@ -390,4 +429,8 @@ def attend_prefill(
         plan.run_page,
         plan.run_tail,
         plan.ends,
+        by_largest,
+        is_needed,
+        jnp.ones((COLUMNS, PAGE_SIZE), dtype),
+        partials,
     )

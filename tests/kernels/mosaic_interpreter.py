@@ -24,9 +24,11 @@ from pallas_kernels.index_topk import mosaic_gpu_choose_prefill as choosing_pref
 from pallas_kernels.index_topk.shares import Shares
 from pallas_kernels.norm_rope_cache import mosaic_gpu as norm_rope
 from pallas_kernels.paged_attention import mosaic_gpu as paged
+from pallas_kernels.rows import prefill_rows
 from pallas_kernels.skinny_matmul import mosaic_gpu as skinny
 from pallas_kernels.sparse_attention import mosaic_gpu as attention
 from pallas_kernels.sparse_attention import mosaic_gpu_decode as attending
+from pallas_kernels.sparse_attention import mosaic_gpu_plan as planning
 from pallas_kernels.sparse_attention import mosaic_gpu_prefill as attending_prefill
 
 RACES = plgpu.InterpretGPUParams(detect_races=True)
@@ -159,6 +161,32 @@ def attention_prefill() -> None:
         check_attention(batch, jax.jit(attend)(*args), block_ids)
 
 
+def attention_prefill_bounds() -> None:
+    """Without reference: right where nothing is out of bounds, and else it says so. Filling rows see nothing odd."""
+    batch = make_batch(replace(CASE, data="normal", poison=0.0), decode=False)
+    block_ids = batch.choice()
+    arrays: list[jax.Array] = [jax.numpy.asarray(array) for array in batch.attention_args(block_ids)]
+    q, k, v, ids, table, *lengths = arrays
+    config = attending_prefill.TuningConfig(window=16, chunk=6, ctas=2)
+    rows = prefill_rows(q.shape[0], lengths[0], lengths[1], lengths[2])
+    items, tails = planning.items_of(v, table, lengths[1])
+    plan = planning.plan(ids, rows.sequence, rows.position, table, items, window=config.window)
+    shape = attending_prefill.partials_of(plan, q.dtype)
+    zero, one = np.zeros(1, np.int32), np.ones(1, np.int32)
+
+    @jax.jit
+    def is_beyond(q, v, tails):
+        run = functools.partial(attending_prefill.attend_prefill, first_token=0, scale=batch.scale, config=config)
+        partials = jax.new_ref(jax.lax.empty(shape.shape, shape.dtype))
+        return run(q, k, v, tails, plan, zero, one, partials, interpret=RACES).max()
+
+    # Logits of hundreds, and values whose sums are more than float32 holds.
+    for of_q, of_v, expected in ((1, 1, 0), (200, 1, 1), (1, 2.0**110, 1)):
+        assert is_beyond(q * of_q, v * of_v, tails * of_v) == expected, (of_q, of_v)
+    attend = functools.partial(attention._prefill, scale=batch.scale, config=config, interpret=RACES)
+    check_attention(batch, jax.jit(attend)(*arrays), block_ids)
+
+
 CHECKS = {
     check.__name__: check
     for check in (
@@ -170,6 +198,7 @@ CHECKS = {
         norm_rope_cache,
         paged_attention_decode,
         attention_prefill,
+        attention_prefill_bounds,
         skinny_matmul,
     )
 }

@@ -11,11 +11,12 @@ HERE = Path(__file__).parent
 # Those of a process, of which each takes seconds to start.
 CHECKS = (
     ("index_decode", "index_prefill", "index_candidates", "choose_special_scores"),
-    ("attention_decode", "paged_attention_decode", "attention_prefill", "norm_rope_cache", "skinny_matmul"),
+    ("attention_decode", "paged_attention_decode", "attention_prefill", "norm_rope_cache"),
+    ("attention_prefill_bounds", "skinny_matmul"),
 )
 
 
-@pytest.mark.parametrize("checks", CHECKS, ids=["index", "attention"])
+@pytest.mark.parametrize("checks", CHECKS, ids=["index", "attention", "bounds"])
 def test_interpreted(checks: tuple[str, ...]):
     """In a process of its own: the number of threads has to be set before jax is imported."""
     paths = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
