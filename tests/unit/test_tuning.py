@@ -17,6 +17,7 @@ import pytest
 from pallas_kernels import hopper, tuned, tuning
 from pallas_kernels.grouped_matmul import mosaic_gpu as grouped_matmul
 from pallas_kernels.index_topk import mosaic_gpu as index_topk
+from pallas_kernels.skinny_matmul import mosaic_gpu as skinny_matmul
 from pallas_kernels.sparse_attention import mosaic_gpu as sparse_attention
 from pallas_kernels.tuned import Measured, bucket_of
 
@@ -170,12 +171,15 @@ def asked_by_kernels() -> dict[str, Any]:
         jax.eval_shape(run, rows, jnp.zeros((2, 2, 128, 128), jnp.bfloat16), group_sizes)
         run = functools.partial(grouped_matmul.grouped_matmul.run)
         jax.eval_shape(run, rows, jnp.zeros((2, 256, 128), jnp.bfloat16), group_sizes)
+        run = functools.partial(skinny_matmul.skinny_matmul.run)
+        jax.eval_shape(run, rows, jnp.zeros((64, 128), jnp.bfloat16))
     return asked
 
 
 def test_every_kernel_asks_and_has_candidates() -> None:
     asked = asked_by_kernels()
-    assert {"score_decode", "choose_pieces", "attend_decode", "grouped_matmul", "grouped_swiglu"} <= asked.keys()
+    known = {"score_decode", "choose_pieces", "attend_decode", "grouped_matmul", "grouped_swiglu", "skinny_matmul"}
+    assert known <= asked.keys()
     # Each time that they are traced: else the first configuration would be measured under the name of another.
     assert asked_by_kernels.__wrapped__() == asked
     for config in asked.values():
