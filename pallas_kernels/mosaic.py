@@ -12,6 +12,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 # The fewest of an array as a wgmma leaves it.
 COLUMNS = 8
+# Of a few rows that are to be rearranged: of 32 channels of 8 rows, a warp has 8, and a lane 2 of one row.
+FEW_ROWS = plgpu.Layout.TILED(plgpu.Tiling(((8, 32), (8, 8), (2,))), (-4,), (-3, -2), -1)
 
 
 def compiler_params(**others: Any) -> plgpu.CompilerParams:

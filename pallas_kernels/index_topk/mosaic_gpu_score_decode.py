@@ -21,8 +21,6 @@ from pallas_kernels import mosaic
 from pallas_kernels.hopper import DIM, PAGE_SIZE, round_up
 from pallas_kernels.index_topk.shares import Shares
 
-# Of 32 channels of 8 rows, a warp has 8, and a lane 2 of one row.
-_QUERIES = plgpu.Layout.TILED(plgpu.Tiling(((8, 32), (8, 8), (2,))), (-4,), (-3, -2), -1)
 _TILE = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 
 
@@ -154,7 +152,7 @@ def score_decode(
             plgpu.barrier_wait(q_barrier)
             for ref in narrow_smem:
                 # The columns beyond hold anything, and no column meets another.
-                q_smem[...] = mosaic.load(ref, _QUERIES)
+                q_smem[...] = mosaic.load(ref, mosaic.FEW_ROWS)
                 plgpu.commit_smem()
             lax.fori_loop(0, count, step, first_pages[stages])
             plgpu.commit_smem()

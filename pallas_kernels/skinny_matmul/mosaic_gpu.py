@@ -2,8 +2,8 @@
 
 A CTA takes 64 channels of one of the matrices, and walks over the channels that are contracted, or over a part of
 them: then the CTAs of a cluster, one for each part, add what they have. The product is turned round, channels x rows,
-so that the few rows are the narrow side of a wgmma, of which the least is 8. All CTAs run at once and read equally
-much, so that memory is busy to the end.
+so that the few rows are the narrow side of a wgmma, of which the least is 8. As a rule all CTAs run at once, and read
+equally much, so that memory is busy to the end.
 """
 
 # jax does not export every name of Mosaic GPU, and calls its transforms abstract.
@@ -30,8 +30,6 @@ CHANNELS, DEPTHS = 64, (256, 128)
 MOST_ROWS = 64
 _TILE = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 _WGMMA = plgpu.Layout.WGMMA
-# Of 32 channels of 8 rows, a warp has 8, and a lane 2 of one row.
-_ROWS = plgpu.Layout.TILED(plgpu.Tiling(((8, 32), (8, 8), (2,))), (-4,), (-3, -2), -1)
 _NUM_SMS = 132
 # Shared memory of a CTA, less what results take.
 _RING_BYTES = 200 * 1024
@@ -140,7 +138,7 @@ def multiply(rows, *matrices, config: TuningConfig, interpret: Any = None):
                 plgpu.barrier_wait(barrier.at[slot])
                 if narrow_smem is not None:
                     # The rows beyond hold anything, and no row meets another.
-                    rows_smem.at[slot][...] = mosaic.load(narrow_smem.at[slot], _ROWS)
+                    rows_smem.at[slot][...] = mosaic.load(narrow_smem.at[slot], mosaic.FEW_ROWS)
                     plgpu.commit_smem()
                 plgpu.wgmma(acc, matrix_smem.at[slot], rows_smem.at[slot].T)
                 plgpu.wgmma_wait(0)

@@ -6,9 +6,10 @@ import models
 import numpy as np
 import oracle
 import pytest
+from flax import nnx
 
 from m3_jax import M3Config, M3ForCausalLM
-from m3_jax.layers import SwiGLUOAI, rotary_tables, rotate
+from m3_jax.layers import FEW_ROWS, Projection, SwiGLUOAI, project, rotary_tables, rotate
 from m3_jax.moe import SparseMoeBlock
 from pallas_kernels import grouped_matmul
 
@@ -102,3 +103,28 @@ def test_moe_equals_the_oracle(tiny: M3ForCausalLM, bias: str) -> None:
         beta=TINY.swiglu_beta,
     )
     np.testing.assert_allclose(out.reshape(expected.shape), expected, atol=2e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(
+    ("equation", "x", "weight"),
+    [
+        ("btd,nhd->btnh", (6,), (3, 4, 6)),
+        ("btnh,dnh->btd", (3, 4), (6, 3, 4)),
+        ("btd,gfd->gbtf", (6,), (2, 5, 6)),
+        ("btd,id->bti", (6,), (4, 6)),
+    ],
+)
+@pytest.mark.parametrize("rows", [(1, 1), (3, 2), (5, 13)])
+def test_projections_of_few_rows_are_the_einsum(equation, x, weight, rows):
+    """Up to FEW_ROWS in an operation of their own, with other dimensions; of the same rows, several at once."""
+    assert 6 <= FEW_ROWS < 65
+    names = tuple("abcdefgh"[: len(weight)])
+    first, second = (
+        Projection(equation, weight, names, dtype=jnp.dtype(jnp.float32), rngs=nnx.Rngs(seed)) for seed in range(2)
+    )
+    rows = jax.random.normal(jax.random.key(0), (*rows, *x))
+    for projection, output in zip((first, second), project(rows, first, second), strict=True):
+        expected = jnp.einsum(equation, rows, projection.weight[...])
+        assert expected.shape == output.shape
+        np.testing.assert_allclose(output, expected, atol=1e-6)
+        np.testing.assert_allclose(projection(rows), expected, atol=1e-6)
