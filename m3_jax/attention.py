@@ -96,7 +96,6 @@ class Attention(nnx.Module):
         self, x: Float[Array, "B T D"], rotary: tuple[Array, Array], layer: LayerCache, step: Step
     ) -> tuple[Float[Array, "BT N H"], Float[Array, "BT K I"] | None, LayerCache]:
         """Queries and index queries, normed and rotated, and the cache with the pass's keys and values in it."""
-
         projections = [self.q_proj, self.k_proj, self.v_proj]
         if self.indexer is not None:
             projections += [self.indexer.q_proj, self.indexer.k_proj]

@@ -17,6 +17,9 @@ MAX_QUERIES = 8
 MAX_SEQUENCES = 256
 DTYPES = ("bfloat16", "float16")
 COMPUTE_CAPABILITY = "9.0"
+NUM_SMS = 132
+# CTAs of a cluster that any Hopper GPU can run.
+MOST_CLUSTERED = 8
 
 
 def default_device() -> Any:

@@ -56,6 +56,13 @@ def when(predicate: Any) -> Callable[[Callable[[], None]], None]:
     return lambda body: cond(predicate, body, lambda: None)
 
 
+def meet(cluster_barrier: Any) -> None:
+    """Wait until all CTAs of the cluster are here, and what each has written to its shared memory is seen by all."""
+    plgpu.commit_smem()
+    plgpu.barrier_arrive(cluster_barrier)
+    plgpu.barrier_wait(cluster_barrier)
+
+
 def halved(combine: Callable, values: Any) -> Any:
     """[R, C] as [R, COLUMNS], halves combined again and again: otherwise a row is reduced by one long chain."""
     while values.shape[1] > COLUMNS:

@@ -74,7 +74,7 @@ class Problem:
         """Block tables, sizes of groups, or rows that take turns."""
         if "prefill" in self.operation:
             return 1
-        if "matmul" in self.operation or "grouped" in self.operation:
+        if not self.context:
             return 4
         pages = self.sequences * self.pages
         if "attention" in self.operation:

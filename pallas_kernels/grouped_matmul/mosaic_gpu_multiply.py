@@ -24,6 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.grouped_matmul import mosaic_gpu_plan as planning
+from pallas_kernels.hopper import NUM_SMS
 
 _OPERAND = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 # Rows of a result can be stored from any row on.
@@ -32,7 +33,6 @@ _RESULT = (plgpu.TilingTransform((1, 64)), plgpu.SwizzleTransform(128))
 CHANNELS, DEPTH = 64, 64
 # Shared memory of a CTA, less what barriers take.
 _SHARED_BYTES = 232_448 - 1024
-_SMS = 132
 
 
 @dataclass(frozen=True)
@@ -75,14 +75,14 @@ class TuningConfig:
         if average <= 0.1:
             # So few rows meet so few matrices that whole stretches of channels do not occupy every SM.
             items, parts = num_rows * (channels // (2 * CHANNELS)), 1
-            while items * parts < _SMS and depth // DEPTH % (2 * parts) == 0 and parts < 8:
+            while items * parts < NUM_SMS and depth // DEPTH % (2 * parts) == 0 and parts < 8:
                 parts *= 2
-            return cls(widths=(8,), warpgroups=1, stages=12, ctas=_SMS, parts=parts)
+            return cls(widths=(8,), warpgroups=1, stages=12, ctas=NUM_SMS, parts=parts)
         if average <= 16:
-            return cls(widths=(8, 16, 24, 32), warpgroups=1, stages=10, ctas=_SMS)
+            return cls(widths=(8, 16, 24, 32), warpgroups=1, stages=10, ctas=NUM_SMS)
         if average <= 64:
-            return cls(widths=(16, 32, 64, 96, 128), warpgroups=2, stages=4, ctas=_SMS)
-        return cls(widths=(16, 64, 96, 112, 128, 136, 144, 160), warpgroups=2, stages=4, ctas=_SMS, tiles=2)
+            return cls(widths=(16, 32, 64, 96, 128), warpgroups=2, stages=4, ctas=NUM_SMS)
+        return cls(widths=(16, 64, 96, 112, 128, 136, 144, 160), warpgroups=2, stages=4, ctas=NUM_SMS, tiles=2)
 
     def fitted(self, depth: int) -> "TuningConfig":
         """With no more parts than divide these contracted channels: what was tuned serves a bucket of sizes."""

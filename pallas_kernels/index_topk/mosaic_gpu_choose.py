@@ -21,7 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper import PAGE_SIZE, round_up
+from pallas_kernels.hopper import MOST_CLUSTERED, PAGE_SIZE, round_up
 from pallas_kernels.index_topk import keys
 from pallas_kernels.index_topk.mosaic_gpu_lists import nothing
 from pallas_kernels.index_topk.shares import Shares
@@ -31,8 +31,6 @@ _WARPS, _LANES = 4, 32
 _LARGEST_CHUNK = 256
 # Blocks of which all pairs are compared at once.
 _FEW = 64
-# CTAs of a cluster that any Hopper GPU can run.
-_MOST_CLUSTERED = 8
 # [rows, warps]: rows over a warp's lanes, so that a reduction over them is one instruction.
 _LAYOUT = plgpu.Layout.TILED(plgpu.Tiling(((_LANES, _WARPS), (1,))), (-2,), (-3,), -1)
 # [candidates, candidates]: the former over the warps and 8 lanes, the latter over 4 lanes and 4 registers of each.
@@ -89,7 +87,7 @@ class TuningConfig:
         """No larger than a narrow table wants, and large enough for a cluster to see all of a wide one if it can."""
         if table_width <= _FEW:
             return TuningConfig(round_up(table_width, _LANES) // _WARPS)
-        chunk = max(self.chunk, round_up(-(-table_width // (_WARPS * _MOST_CLUSTERED)), _LANES))
+        chunk = max(self.chunk, round_up(-(-table_width // (_WARPS * MOST_CLUSTERED)), _LANES))
         wanted = round_up(-(-table_width // _WARPS), _LANES)
         return TuningConfig(min(chunk, wanted, _LARGEST_CHUNK))
 
@@ -107,7 +105,7 @@ def choose(scores, positions, share, *, choice: Choice, config: TuningConfig, in
     """
     blocks = scores.shape[1]
     found = _choose_scores(scores, positions, share, choice=choice, config=config, interpret=interpret)
-    if blocks <= config.blocks * _MOST_CLUSTERED:
+    if blocks <= config.blocks * MOST_CLUSTERED:
         return found[0]
     ctas = blocks // config.blocks
     return _choose_found(*found, share, choice=choice, blocks=blocks, ctas=ctas, interpret=interpret)
@@ -270,8 +268,8 @@ def _choose_scores(scores, positions, share, *, choice: Choice, config: TuningCo
     slabs, blocks, width = scores.shape
     ctas = blocks // config.blocks
     columns, top_k = choice.num_columns, choice.top_k
-    clustered = 1 < ctas <= _MOST_CLUSTERED
-    apart = ctas > _MOST_CLUSTERED
+    clustered = 1 < ctas <= MOST_CLUSTERED
+    apart = ctas > MOST_CLUSTERED
     # The interpreter knows clusters, but not the shared memory of others.
     through_gmem = clustered and interpret is not None
     few = config.blocks <= _FEW

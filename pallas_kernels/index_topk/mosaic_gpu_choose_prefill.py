@@ -21,7 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper import DIM, PAGE_SIZE
+from pallas_kernels.hopper import DIM, NUM_SMS, PAGE_SIZE
 from pallas_kernels.index_topk import keys
 from pallas_kernels.index_topk.mosaic_gpu_lists import insert, nothing, only
 from pallas_kernels.index_topk.mosaic_gpu_score_prefill import ALIGNMENT, WIDTH
@@ -62,7 +62,7 @@ class TuningConfig:
 
     CANDIDATES: ClassVar = {"stages": (2, 3), "piece_cost": (1, 2)}
 
-    ctas: int = 132
+    ctas: int = NUM_SMS
     stages: int = 3
     piece_cost: int = 1
 

@@ -30,11 +30,8 @@ CHANNELS, DEPTHS = 64, (256, 128)
 MOST_ROWS = 64
 _TILE = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 _WGMMA = plgpu.Layout.WGMMA
-_NUM_SMS = 132
 # Shared memory of a CTA, less what results take.
 _RING_BYTES = 200 * 1024
-# CTAs of a cluster that any Hopper GPU can run.
-_MOST_CLUSTERED = 8
 
 
 @dataclass(frozen=True)
@@ -48,8 +45,8 @@ class TuningConfig:
     depth: int
 
     def __post_init__(self) -> None:
-        if not 1 <= self.parts <= _MOST_CLUSTERED:
-            raise ValueError(f"parts={self.parts} must be 1 to {_MOST_CLUSTERED}")
+        if not 1 <= self.parts <= hopper.MOST_CLUSTERED:
+            raise ValueError(f"parts={self.parts} must be 1 to {hopper.MOST_CLUSTERED}")
         if self.stages < 1:
             raise ValueError(f"stages={self.stages} must be at least 1")
         if self.depth not in DEPTHS:
@@ -63,11 +60,11 @@ class TuningConfig:
         CTAs share it.
         """
         tiles, parts = channels // CHANNELS, 1
-        while 2 * parts * tiles <= _NUM_SMS and 2 * parts <= _MOST_CLUSTERED:
+        while 2 * parts * tiles <= hopper.NUM_SMS and 2 * parts <= hopper.MOST_CLUSTERED:
             parts *= 2
-        if tiles <= _NUM_SMS:
+        if tiles <= hopper.NUM_SMS:
             return cls(parts, 4, 256 if num_rows <= MOST_ROWS // 2 else 128)
-        if tiles <= 2 * _NUM_SMS and num_rows <= MOST_ROWS // 2:
+        if tiles <= 2 * hopper.NUM_SMS and num_rows <= MOST_ROWS // 2:
             return cls(parts, 2, 256)
         return cls(parts, 3, 128)
 
@@ -102,8 +99,8 @@ def multiply(rows, *matrices, config: TuningConfig, interpret: Any = None):
     steps = channels_in // depth
     parts = min(config.parts, steps)
     stages = min(config.stages, -(-steps // parts))
-    # Of each matrix, the first tile behind it.
-    ends = list(itertools.accumulate(matrix.shape[0] // CHANNELS for matrix in matrices))
+    # Of each matrix its first tile; and how many there are.
+    *first_tiles, num_tiles = itertools.accumulate((matrix.shape[0] // CHANNELS for matrix in matrices), initial=0)
 
     def multiply_rows(rows_gmem, *refs):
         matrices_gmem, (out_gmem, *refs) = refs[: len(matrices)], refs[len(matrices) :]
@@ -113,14 +110,14 @@ def multiply(rows, *matrices, config: TuningConfig, interpret: Any = None):
         tile, part = lax.axis_index("tile"), lax.axis_index("part") if parts > 1 else jnp.int32(0)
         first = lax.div(part * steps, jnp.int32(parts))
         count = lax.div((part + 1) * steps, jnp.int32(parts)) - first
-        which = sum(((tile >= end).astype(jnp.int32) for end in ends[:-1]), start=jnp.int32(0))
+        which = sum(((tile >= begin).astype(jnp.int32) for begin in first_tiles[1:]), start=jnp.int32(0))
 
         def load(i):
             slot = lax.rem(i, jnp.int32(stages))
             channels = pl.ds((first + i) * depth, depth)
 
             def load_matrix(number):
-                where = pl.ds((tile - (ends[number] - matrices[number].shape[0] // CHANNELS)) * CHANNELS, CHANNELS)
+                where = pl.ds((tile - first_tiles[number]) * CHANNELS, CHANNELS)
                 source = matrices_gmem[number].at[where, channels]
                 plgpu.copy_gmem_to_smem(source, matrix_smem.at[slot], barrier.at[slot])
 
@@ -173,22 +170,17 @@ def multiply(rows, *matrices, config: TuningConfig, interpret: Any = None):
             (cluster_barrier,) = refs
             own_smem, of_parts = exchange_gmem.at[tile, part], [exchange_gmem.at[tile, i] for i in range(parts)]
 
-        def meet():
-            plgpu.commit_smem()
-            plgpu.barrier_arrive(cluster_barrier)
-            plgpu.barrier_wait(cluster_barrier)
-
         own_smem[...] = acc
-        meet()
+        mosaic.meet(cluster_barrier)
 
         @mosaic.when(part == 0)
         def _():
             store(functools.reduce(jnp.add, [mosaic.load(ref, _WGMMA) for ref in of_parts]))
 
         # Nobody leaves before what it has was taken.
-        meet()
+        mosaic.meet(cluster_barrier)
 
-    out = [jax.ShapeDtypeStruct((num_rows, ends[-1] * CHANNELS), dtype)]
+    out = [jax.ShapeDtypeStruct((num_rows, num_tiles * CHANNELS), dtype)]
     scratch = [
         plgpu.SMEM((stages, CHANNELS, depth), dtype, transforms=_TILE),
         plgpu.SMEM((stages, width, depth), dtype, transforms=_TILE),
@@ -203,12 +195,12 @@ def multiply(rows, *matrices, config: TuningConfig, interpret: Any = None):
         if interpret is None:
             scratch.append(plgpu.SMEM((CHANNELS, width), jnp.float32))
         else:  # it knows clusters, but not the shared memory of others
-            out.append(jax.ShapeDtypeStruct((ends[-1], parts, CHANNELS, width), jnp.float32))
+            out.append(jax.ShapeDtypeStruct((num_tiles, parts, CHANNELS, width), jnp.float32))
         scratch.append(plgpu.ClusterBarrier(collective_axes=("part",)))
     product, *_ = plgpu.kernel(
         multiply_rows,
         out_type=out,
-        grid=(ends[-1],),
+        grid=(num_tiles,),
         grid_names=("tile",),
         **cluster,
         scratch_types=scratch,

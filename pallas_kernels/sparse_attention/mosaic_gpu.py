@@ -93,8 +93,7 @@ def _prefill(
         part = slice(first, end)
         of_rows = (block_ids[part], rows.sequence[part], rows.position[part])
         plan = planning.plan(*of_rows, block_table, items, window=config.window)
-        shape = attending.partials_of(plan, q.dtype)
-        partials = jax.new_ref(lax.empty(shape.shape, shape.dtype))
+        partials = attending.room_for(plan, q.dtype)
         attend = functools.partial(
             attending.attend_prefill, first_token=first, scale=scale, config=config, interpret=interpret
         )

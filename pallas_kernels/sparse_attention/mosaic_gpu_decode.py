@@ -22,8 +22,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper import DIM, PAGE_SIZE, round_up
-from pallas_kernels.mosaic import compiler_params, cond, full, load, spread, when
+from pallas_kernels.hopper import DIM, MOST_CLUSTERED, NUM_SMS, PAGE_SIZE, round_up
+from pallas_kernels.mosaic import compiler_params, cond, full, load, meet, spread, when
 from pallas_kernels.sparse_attention import mosaic_gpu_decode_merge as merging
 
 _TILE = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
@@ -34,11 +34,10 @@ _BY_CHANNEL = plgpu.Layout.TILED(plgpu.Tiling(((1, DIM), (32,), (1,))), (-3,), (
 _ROWS = 64
 # Rows of a tile of shared memory: fewer than that cannot be copied.
 _TILE_ROWS = 8
-_NUM_SMS = 132
 # 16 shares take XLA 2.9 us and the kernel 3.4 on an H200, 64 shares take XLA four launches.
 _FEW_SHARES = 32
-# CTAs of a cluster that any Hopper GPU can run, and how many SMs such clusters are sure to find room on.
-_MOST_CLUSTERED, _SMS_FOR_EIGHTS = 8, 96
+# On so many SMs clusters of 8 are sure to find room.
+_SMS_FOR_EIGHTS = 96
 # Of a row that has seen no key: finite, so that no difference of two maxima is NaN.
 _LOWEST = float(jnp.finfo(jnp.float32).min)
 
@@ -67,8 +66,8 @@ class TuningConfig:
         A share of two blocks holds both at a time.
         """
         shares = 1
-        while 2 * shares <= min(top_k, _MOST_CLUSTERED):
-            if 2 * shares * units > (_NUM_SMS if 2 * shares < _MOST_CLUSTERED else _SMS_FOR_EIGHTS):
+        while 2 * shares <= min(top_k, MOST_CLUSTERED):
+            if 2 * shares * units > (NUM_SMS if 2 * shares < MOST_CLUSTERED else _SMS_FOR_EIGHTS):
                 break
             shares *= 2
         return cls(shares=shares, stages=2 if top_k == 2 * shares else 1)
@@ -79,7 +78,7 @@ class TuningConfig:
 
         A CTA beyond the first round has at least 8 blocks to pay for its partial result.
         """
-        ctas = 2 * _NUM_SMS
+        ctas = 2 * NUM_SMS
         shares = min(max(1, ctas // units), table_width)
         for rounds in (2, 3, 4):
             more = ctas * rounds // units
@@ -115,7 +114,7 @@ def attend_decode(q, k, v, block_ids, block_table, seq_lens, *, scale: float, co
     if height > group:
         queries = jnp.pad(queries, ((0, 0), (0, 0), (0, height - group), (0, 0)))
     # The shares of a row are a cluster, and merge what they have, where there are so few.
-    clustered = 1 < shares <= _MOST_CLUSTERED and height % shares == 0
+    clustered = 1 < shares <= MOST_CLUSTERED and height % shares == 0
     apart = shares > 1 and not clustered
     # Queries that a CTA merges, and how many of them at a time.
     each = height // shares
@@ -148,9 +147,7 @@ def attend_decode(q, k, v, block_ids, block_table, seq_lens, *, scale: float, co
             array(*place, 0)[...] = partial
             for which, stat in enumerate(of_place):
                 array(*place, 1 + which)[...] = spread(stat, partial.shape, 0, _BY_CHANNEL)
-        plgpu.commit_smem()
-        plgpu.barrier_arrive(cluster_barrier)
-        plgpu.barrier_wait(cluster_barrier)
+        meet(cluster_barrier)
         for step in range(steps):
             # What the CTA i places behind has for this one, which stands shares - i places behind it.
             partials, maxima, totals = (
@@ -166,9 +163,7 @@ def attend_decode(q, k, v, block_ids, block_table, seq_lens, *, scale: float, co
             result = (acc * jnp.where(whole > 0, 1.0 / whole, 0.0)).astype(dtype)
             out_gmem[row, head, pl.ds(part * each + step * rows_at_a_time, rows_at_a_time)] = result
         # Nobody leaves before the others have taken what is theirs.
-        plgpu.commit_smem()
-        plgpu.barrier_arrive(cluster_barrier)
-        plgpu.barrier_wait(cluster_barrier)
+        meet(cluster_barrier)
 
     def attend(
         q_gmem,

@@ -25,7 +25,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper import DIM, GROUP, PAGE_SIZE, round_up
+from pallas_kernels.hopper import DIM, GROUP, NUM_SMS, PAGE_SIZE, round_up
 from pallas_kernels.mosaic import COLUMNS, compiler_params, cond, full, halved, when
 from pallas_kernels.sparse_attention import mosaic_gpu_partials as packing
 from pallas_kernels.sparse_attention.mosaic_gpu_plan import LIMIT_BITS, TILE_PAIRS, Plan
@@ -51,7 +51,7 @@ class TuningConfig:
 
     window: int = 2048
     chunk: int = 48
-    ctas: int = 132
+    ctas: int = NUM_SMS
 
     def __post_init__(self) -> None:
         if self.ctas < 1:
@@ -77,9 +77,9 @@ def first_row(slot, dtype: Any):
     return slot * round_up(-(-_ROWS * DIM * 2 // row), 128 // math.gcd(128, row))
 
 
-def partials_of(plan: Plan, dtype: Any) -> jax.ShapeDtypeStruct:
-    """What the pairs of a plan leave: rows as `mosaic_gpu_partials` says, i32[tiles, 4 * G, row words]."""
-    return jax.ShapeDtypeStruct((plan.tile_run.shape[0], _ROWS, packing.row_words_of(dtype)), jnp.int32)
+def room_for(plan: Plan, dtype: Any) -> Any:
+    """A Ref for what the pairs of a plan leave: rows as `mosaic_gpu_partials` says, i32[tiles, 4 * G, row words]."""
+    return jax.new_ref(lax.empty((plan.tile_run.shape[0], _ROWS, packing.row_words_of(dtype)), jnp.int32))
 
 
 @functools.partial(jax.jit, static_argnames=("first_token", "scale", "config", "interpret"))
@@ -103,7 +103,7 @@ def attend_prefill(
     q [T, K, G, H]; k, v [P, K, S, H]; tails [B, K, S, H], the last page of each sequence without its unused slots.
     by_largest: i32[1], 1 to refer every row's weights to its largest logit, 0 to refer none to anything.
     is_needed: i32[1], 0 to compute nothing.
-    partials: Ref of `partials_of`. What belongs to no pair of the plan holds anything.
+    partials: Ref of `room_for`. What belongs to no pair of the plan holds anything.
     Returns i32[ctas, warpgroups, rows], 1 where what was found without reference is not within bounds.
     """
     kv_heads = k.shape[1]

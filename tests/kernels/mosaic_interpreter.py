@@ -171,13 +171,12 @@ def attention_prefill_bounds() -> None:
     rows = prefill_rows(q.shape[0], lengths[0], lengths[1], lengths[2])
     items, tails = planning.items_of(v, table, lengths[1])
     plan = planning.plan(ids, rows.sequence, rows.position, table, items, window=config.window)
-    shape = attending_prefill.partials_of(plan, q.dtype)
     zero, one = np.zeros(1, np.int32), np.ones(1, np.int32)
 
     @jax.jit
     def is_beyond(q, v, tails):
         run = functools.partial(attending_prefill.attend_prefill, first_token=0, scale=batch.scale, config=config)
-        partials = jax.new_ref(jax.lax.empty(shape.shape, shape.dtype))
+        partials = attending_prefill.room_for(plan, q.dtype)
         return run(q, k, v, tails, plan, zero, one, partials, interpret=RACES).max()
 
     # Logits of hundreds, and values whose sums are more than float32 holds.
