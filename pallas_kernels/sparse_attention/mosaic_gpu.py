@@ -4,8 +4,6 @@ Decode: every row walks over its own pages. Prefill: every page meets the rows t
 is merged, for some rows of the call at a time.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -93,15 +91,9 @@ def _prefill(
         part = slice(first, end)
         of_rows = (block_ids[part], rows.sequence[part], rows.position[part])
         plan = planning.plan(*of_rows, block_table, items, window=config.window)
-        partials = attending.room_for(plan, q.dtype)
-        attend = functools.partial(
-            attending.attend_prefill, first_token=first, scale=scale, config=config, interpret=interpret
+        partials = attending.attend_prefill(
+            q, k, v, tails, plan, first_token=first, scale=scale, config=config, interpret=interpret
         )
-        is_needed = jnp.ones((1,), jnp.int32)
-        if q.dtype != jnp.float16:  # of which weights overflow soon
-            is_beyond = attend(q, k, v, tails, plan, jnp.zeros((1,), jnp.int32), is_needed, partials)
-            is_needed = jnp.max(is_beyond).reshape(1)
-        attend(q, k, v, tails, plan, jnp.ones((1,), jnp.int32), is_needed, partials)
         merging.merge_prefill(
             partials,
             plan.places,

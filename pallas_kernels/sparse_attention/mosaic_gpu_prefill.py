@@ -7,8 +7,8 @@ a chunk, into a ring of two, by one warp; the queries of each tile by another. T
 softmax, packed, to be merged afterwards.
 
 A softmax takes the largest logit off all of them lest a weight overflows, or all of them vanish. Where nothing is near
-to that, nothing has to be taken off and no largest one looked for, which is a twentieth of the time. So a first pass
-does without, and says whether what it found was within bounds; if any of it was not, a second one computes all anew.
+to that, nothing has to be taken off and no largest one looked for, which is a twentieth of the time. So a CTA does
+without at first; if anything that it found was not within bounds, it computes all of its tiles anew.
 """
 
 # jax does not export every name of Mosaic GPU, and calls its transforms abstract.
@@ -36,6 +36,8 @@ _ROWS = TILE_PAIRS * GROUP
 _WARPGROUPS = 3
 # Pages in flight, and tiles of queries in flight for each warpgroup.
 _PAGES, _TILES = 2, 2
+# Weights that are added up at a time: shared memory has not room for as many ones as a page has keys.
+_ONES = 64
 # Where logits in base 2 are nothing but even numbers in float32.
 _HUGE = 2.0**24
 # Sums of a row's weights for which no reference is needed, and units of its numbers: far from the ends of float32 and
@@ -77,11 +79,6 @@ def first_row(slot, dtype: Any):
     return slot * round_up(-(-_ROWS * DIM * 2 // row), 128 // math.gcd(128, row))
 
 
-def room_for(plan: Plan, dtype: Any) -> Any:
-    """A Ref for what the pairs of a plan leave: rows as `mosaic_gpu_partials` says, i32[tiles, 4 * G, row words]."""
-    return jax.new_ref(lax.empty((plan.tile_run.shape[0], _ROWS, packing.row_words_of(dtype)), jnp.int32))
-
-
 @functools.partial(jax.jit, static_argnames=("first_token", "scale", "config", "interpret"))
 def attend_prefill(
     q,
@@ -89,28 +86,25 @@ def attend_prefill(
     v,
     tails,
     plan: Plan,
-    by_largest,
-    is_needed,
-    partials,
     *,
     first_token: int,
     scale: float,
     config: TuningConfig,
     interpret: Any,
 ):
-    """Write the partial results of the pairs of a plan, of the tokens from first_token on, into a Ref.
+    """Partial results of the pairs of a plan of the tokens from first_token on.
 
     q [T, K, G, H]; k, v [P, K, S, H]; tails [B, K, S, H], the last page of each sequence without its unused slots.
-    by_largest: i32[1], 1 to refer every row's weights to its largest logit, 0 to refer none to anything.
-    is_needed: i32[1], 0 to compute nothing.
-    partials: Ref of `room_for`. What belongs to no pair of the plan holds anything.
-    Returns i32[ctas, warpgroups, rows], 1 where what was found without reference is not within bounds.
+    Returns i32[tiles, 4 * G, row words] as `mosaic_gpu_partials` says. What belongs to no pair of the plan holds
+    anything.
     """
     kv_heads = k.shape[1]
     max_tiles = plan.tile_run.shape[0]
     factor = scale * math.log2(math.e)
     dtype = q.dtype
     row_words = packing.row_words_of(dtype)
+    # Of float16 weights overflow soon.
+    attempts = 1 if dtype == jnp.float16 else 2
 
     def attend(
         q_gmem,
@@ -124,11 +118,8 @@ def attend_prefill(
         run_page_gmem,
         run_tail_gmem,
         ends_gmem,
-        by_largest_gmem,
-        is_needed_gmem,
         ones_gmem,
         out_gmem,
-        is_beyond_gmem,
         queries_and_rows_smem,
         k_smem,
         v_smem,
@@ -140,18 +131,31 @@ def attend_prefill(
         q_free,
         ones_smem,
         ones_barrier,
+        is_beyond_smem,
+        tried,
         *weights_smem,
     ):
         q_smem, rows_smem = queries_and_rows_smem
         wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
-        by_largest = by_largest_gmem[0] > 0
-        num_tiles = jnp.where(is_needed_gmem[0] > 0, ends_gmem[plan.ends.shape[0] - 1], jnp.int32(0))
+        num_tiles = ends_gmem[plan.ends.shape[0] - 1]
         # Rounds in which every CTA takes a chunk, and equal shares of what is left.
         round_size = jnp.int32(config.ctas * config.chunk)
         rounds, rest = lax.div(num_tiles, round_size), lax.rem(num_tiles, round_size)
         share = lax.div(rest + (config.ctas - 1), jnp.int32(config.ctas))
-        count = rounds * config.chunk + jnp.clip(rest - cta * share, 0, share)
-        num_chunks = lax.div(count + (config.chunk - 1), jnp.int32(config.chunk))
+
+        def try_all(run):
+            """run(attempt, number of tiles), and again while anything was not within bounds."""
+
+            def step(attempt, count):
+                run(attempt, count)
+                plgpu.barrier_wait(tried)
+                is_beyond = functools.reduce(jnp.maximum, [is_beyond_smem[attempt, i] for i in range(_WARPGROUPS)])
+                return jnp.where(is_beyond > 0, count, jnp.int32(0))
+
+            lax.fori_loop(0, attempts, step, rounds * config.chunk + jnp.clip(rest - cta * share, 0, share))
+
+        def chunks_of(count):
+            return lax.div(count + (config.chunk - 1), jnp.int32(config.chunk))
 
         def first_tile_of(chunk):
             """The number of the first tile of the CTA's chunk."""
@@ -165,14 +169,14 @@ def attend_prefill(
         def run_of(tile_run):
             return lax.shift_right_logical(tile_run, jnp.int32(1))
 
-        def runs_of(chunk):
+        def runs_of(chunk, count):
             """The first and the last run of the CTA's chunk, and 0 and -1 of one behind the last."""
             first = jnp.minimum(chunk * config.chunk, count)
             end = jnp.minimum(first + config.chunk, count)
             first_run, last_run = run_of(tile_run_gmem[tile_of(first)]), run_of(tile_run_gmem[tile_of(end - 1)])
             return jnp.where(end > first, first_run, 0), jnp.where(end > first, last_run, -1)
 
-        def produce_queries():
+        def produce_queries(_, count):
             def units_of(i):
                 tile = tile_of(i)
                 return tuple(units_gmem[tile * TILE_PAIRS + r] for r in range(TILE_PAIRS))
@@ -195,9 +199,7 @@ def attend_prefill(
 
             lax.fori_loop(0, count, step, units_of(jnp.int32(0)))
 
-        def produce_pages():
-            plgpu.copy_gmem_to_smem(ones_gmem, ones_smem, ones_barrier)
-
+        def produce_pages(_, count):
             def visit(number, run):
                 head, page, tail = run_head_gmem[run], run_page_gmem[run], run_tail_gmem[run]
                 slot = lax.rem(number, jnp.int32(_PAGES))
@@ -220,12 +222,12 @@ def attend_prefill(
 
             def step(chunk, carry):
                 visits, (first_run, last_run) = carry
-                following = runs_of(chunk + 1)
+                following = runs_of(chunk + 1, count)
                 num_runs = last_run - first_run + 1
                 lax.fori_loop(0, num_runs, lambda i, _: visit(visits + i, first_run + i), None)
                 return visits + num_runs, following
 
-            visits, _ = lax.fori_loop(0, num_chunks, step, (jnp.int32(0), runs_of(jnp.int32(0))))
+            visits, _ = lax.fori_loop(0, chunks_of(count), step, (jnp.int32(0), runs_of(jnp.int32(0), count)))
 
             # Every completion of a barrier has to be awaited; the last page is never given back.
             def drain(i, _):
@@ -242,14 +244,17 @@ def attend_prefill(
             @pl.core_map(plgpu.WarpMesh(axis_name="warp"))
             def _():
                 warp = lax.axis_index("warp")
-                pl.when(warp == 0)(produce_pages)
-                pl.when(warp == 1)(produce_queries)
+
+                @pl.when(warp == 0)
+                def _():
+                    plgpu.copy_gmem_to_smem(ones_gmem, ones_smem, ones_barrier)
+                    try_all(produce_pages)
+
+                pl.when(warp == 1)(functools.partial(try_all, produce_queries))
 
         @when(wg < _WARPGROUPS)
         def _consume():
             plgpu.set_max_registers(160, action="increase")
-            own_count = jnp.maximum(lax.div(count - wg + (_WARPGROUPS - 1), jnp.int32(_WARPGROUPS)), 0)
-
             per_chunk = config.chunk // _WARPGROUPS
 
             def numbers_of(chunk):
@@ -308,7 +313,7 @@ def attend_prefill(
             def from_nothing(_):
                 return each(factor), each(0.0)
 
-            def step(i, carry, first, numbers, ahead):
+            def step(i, carry, first, numbers, ahead, own_count, by_largest):
                 """Tile i, of a chunk from tile `first` on in which visits are so far ahead of runs."""
                 visit, tile_run, next_tile_run, least, most = carry
                 # Two tiles ahead, since it comes from memory.
@@ -339,12 +344,15 @@ def attend_prefill(
 
                 def multiply_v(values, totals):
                     factor = weights
+                    halves = [weights[:, first : first + _ONES] for first in range(0, PAGE_SIZE, _ONES)]
                     if weights_smem:
                         factor = weights_smem[0].at[wg]
+                        halves = [factor.at[:, pl.ds(first, _ONES)] for first in range(0, PAGE_SIZE, _ONES)]
                         factor[...] = weights
                         plgpu.commit_smem()
                     # The sum is of what is multiplied, so that the rounding of equal weights cancels.
-                    plgpu.wgmma(totals, factor, ones_smem.T)
+                    for half in halves:
+                        plgpu.wgmma(totals, half, ones_smem.T)
                     plgpu.wgmma(values, factor, v_smem.at[page])
                     return values[...], totals[...]
 
@@ -362,28 +370,43 @@ def attend_prefill(
                 most = jnp.maximum(most, jnp.maximum(total, unit * (_MOST_TOTAL / _MOST_UNIT)))
                 return this_visit, *following, least, most
 
-            def over_chunk(chunk, carry):
-                visits, (first_run, last_run), *state = carry
-                following = runs_of(chunk + 1)
-                first = chunk * per_chunk
-                end = jnp.minimum(first + per_chunk, own_count)
-                of_chunk = functools.partial(step, first=first, numbers=numbers_of(chunk), ahead=visits - first_run)
-                return visits + last_run - first_run + 1, following, *lax.fori_loop(first, end, of_chunk, tuple(state))
+            def consume(attempt, count):
+                own_count = jnp.maximum(lax.div(count - wg + (_WARPGROUPS - 1), jnp.int32(_WARPGROUPS)), 0)
+                of_attempt = functools.partial(step, own_count=own_count, by_largest=attempt == attempts - 1)
+
+                def over_chunk(chunk, carry):
+                    visits, (first_run, last_run), *state = carry
+                    following = runs_of(chunk + 1, count)
+                    first = chunk * per_chunk
+                    end = jnp.minimum(first + per_chunk, own_count)
+                    ahead = visits - first_run
+                    of_chunk = functools.partial(of_attempt, first=first, numbers=numbers_of(chunk), ahead=ahead)
+                    state = lax.fori_loop(first, end, of_chunk, tuple(state))
+                    return ahead + last_run + 1, following, *state
+
+                @when(count > 0)
+                def _():
+                    plgpu.barrier_wait(k_barrier.at[0])
+                    plgpu.barrier_wait(v_barrier.at[0])
+
+                tile_runs = [tile_run_of(jnp.int32(i), numbers_of(jnp.int32(0))) for i in range(2)]
+                start = (jnp.int32(0), runs_of(jnp.int32(0), count), jnp.int32(0), *tile_runs, each(1.0), each(1.0))
+                visits, _, visit, _, _, least, most = lax.fori_loop(0, chunks_of(count), over_chunk, start)
+                go_on(visit, visits - 1)
+                # Nothing is brought, and nothing stored, where something is still on its way from.
+                plgpu.wait_smem_to_gmem(0)
+                is_within = jnp.logical_and(least >= _LEAST_TOTAL, most <= _MOST_TOTAL)
+                first = first_row(slot_of(jnp.int32(0)), dtype)
+                rows_smem.at[pl.ds(first, _ROWS), 0][...] = jnp.where(is_within, each(0, jnp.int32), each(1, jnp.int32))
+                plgpu.commit_smem()
+                is_beyond_smem[attempt, wg] = lax.fori_loop(
+                    0, _ROWS, lambda row, found: jnp.maximum(found, rows_smem[first + row, 0]), 0, unroll=8
+                )
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(tried)
 
             plgpu.barrier_wait(ones_barrier)
-
-            @when(count > 0)
-            def _():
-                plgpu.barrier_wait(k_barrier.at[0])
-                plgpu.barrier_wait(v_barrier.at[0])
-
-            tile_runs = [tile_run_of(jnp.int32(i), numbers_of(jnp.int32(0))) for i in range(2)]
-            start = (jnp.int32(0), runs_of(jnp.int32(0)), jnp.int32(0), *tile_runs, each(1.0), each(1.0))
-            visits, _, visit, _, _, least, most = lax.fori_loop(0, num_chunks, over_chunk, start)
-            go_on(visit, visits - 1)
-            is_within = jnp.logical_and(least >= _LEAST_TOTAL, most <= _MOST_TOTAL)
-            is_beyond_gmem.at[cta, wg][...] = jnp.where(is_within, each(0, jnp.int32), each(1, jnp.int32))
-            plgpu.wait_smem_to_gmem(0)
+            try_all(consume)
 
     page = plgpu.SMEM((_PAGES, PAGE_SIZE, DIM), dtype, transforms=_TILE)
     queries_and_rows = (
@@ -401,14 +424,16 @@ def attend_prefill(
         plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=_PAGES),
         plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=_PAGES),
         plgpu.Barrier(num_barriers=_WARPGROUPS * _TILES),
-        plgpu.SMEM((COLUMNS, PAGE_SIZE), dtype, transforms=_TILE),
+        plgpu.SMEM((COLUMNS, _ONES), dtype, transforms=_TILE),
         plgpu.Barrier(),
+        plgpu.SMEM((attempts, _WARPGROUPS), jnp.int32),
+        plgpu.Barrier(num_arrivals=_WARPGROUPS),
     ]
     if interpret is not None:  # it multiplies from shared memory only
         scratch.append(plgpu.SMEM((_WARPGROUPS, _ROWS, PAGE_SIZE), dtype, transforms=_TILE))
     return plgpu.kernel(
         attend,
-        out_type=jax.ShapeDtypeStruct((config.ctas, _WARPGROUPS, _ROWS), jnp.int32),
+        out_type=jax.ShapeDtypeStruct((max_tiles, _ROWS, row_words), jnp.int32),
         grid=(config.ctas,),
         grid_names=("cta",),
         num_threads=_WARPGROUPS + 1,
@@ -429,8 +454,5 @@ def attend_prefill(
         plan.run_page,
         plan.run_tail,
         plan.ends,
-        by_largest,
-        is_needed,
-        jnp.ones((COLUMNS, PAGE_SIZE), dtype),
-        partials,
+        jnp.ones((COLUMNS, _ONES), dtype),
     )

@@ -8,8 +8,10 @@ NPROC must be in the environment before jax is imported: the interpreter wants a
 import functools
 import sys
 from dataclasses import replace
+from unittest import mock
 
 import jax
+import jax.numpy as jnp
 import norm_rope_cases
 import numpy as np
 import skinny_matmul_cases
@@ -22,13 +24,12 @@ from pallas_kernels.index_topk import mosaic_gpu as index
 from pallas_kernels.index_topk import mosaic_gpu_choose as choosing
 from pallas_kernels.index_topk import mosaic_gpu_choose_prefill as choosing_prefill
 from pallas_kernels.index_topk.shares import Shares
+from pallas_kernels.mosaic import halved
 from pallas_kernels.norm_rope_cache import mosaic_gpu as norm_rope
 from pallas_kernels.paged_attention import mosaic_gpu as paged
-from pallas_kernels.rows import prefill_rows
 from pallas_kernels.skinny_matmul import mosaic_gpu as skinny
 from pallas_kernels.sparse_attention import mosaic_gpu as attention
 from pallas_kernels.sparse_attention import mosaic_gpu_decode as attending
-from pallas_kernels.sparse_attention import mosaic_gpu_plan as planning
 from pallas_kernels.sparse_attention import mosaic_gpu_prefill as attending_prefill
 
 RACES = plgpu.InterpretGPUParams(detect_races=True)
@@ -144,7 +145,7 @@ def skinny_matmul() -> None:
         rows, matrices = skinny_matmul_cases.make(case)
         for config in (skinny.TuningConfig(1, 3, 128), skinny.TuningConfig(3, 1, 128)):
             product = skinny.multiply(rows, *matrices, config=config, interpret=RACES)
-            skinny_matmul_cases.check(rows, [jax.numpy.concatenate(matrices)], [product])
+            skinny_matmul_cases.check(rows, [jnp.concatenate(matrices)], [product])
 
 
 def attention_prefill() -> None:
@@ -162,28 +163,32 @@ def attention_prefill() -> None:
 
 
 def attention_prefill_bounds() -> None:
-    """Without reference: right where nothing is out of bounds, and else it says so. Filling rows see nothing odd."""
-    batch = make_batch(replace(CASE, data="normal", poison=0.0), decode=False)
-    block_ids = batch.choice()
-    arrays: list[jax.Array] = [jax.numpy.asarray(array) for array in batch.attention_args(block_ids)]
-    q, k, v, ids, table, *lengths = arrays
-    config = attending_prefill.TuningConfig(window=16, chunk=6, ctas=2)
-    rows = prefill_rows(q.shape[0], lengths[0], lengths[1], lengths[2])
-    items, tails = planning.items_of(v, table, lengths[1])
-    plan = planning.plan(ids, rows.sequence, rows.position, table, items, window=config.window)
-    zero, one = np.zeros(1, np.int32), np.ones(1, np.int32)
+    """CTAs begin anew where something is out of bounds, all else stands as it was first found."""
+    within = make_batch(replace(CASE, data="normal", poison=0.0), decode=False)
+    of_rows = np.ones_like(within.q)
+    of_rows[::7] = 200  # Logits of hundreds.
+    config = attending_prefill.TuningConfig(window=16, chunk=6, ctas=3)
+    block_ids = within.choice()
 
-    @jax.jit
-    def is_beyond(q, v, tails):
-        run = functools.partial(attending_prefill.attend_prefill, first_token=0, scale=batch.scale, config=config)
-        partials = attending_prefill.room_for(plan, q.dtype)
-        return run(q, k, v, tails, plan, zero, one, partials, interpret=RACES).max()
+    def attend(batch):
+        run = functools.partial(attention._prefill, scale=batch.scale, config=config, interpret=RACES)
+        return jax.jit(run)(*batch.attention_args(block_ids))
 
-    # Logits of hundreds, and values whose sums are more than float32 holds.
-    for of_q, of_v, expected in ((1, 1, 0), (200, 1, 1), (1, 2.0**110, 1)):
-        assert is_beyond(q * of_q, v * of_v, tails * of_v) == expected, (of_q, of_v)
-    attend = functools.partial(attention._prefill, scale=batch.scale, config=config, interpret=RACES)
-    check_attention(batch, jax.jit(attend)(*arrays), block_ids)
+    # The second of them: values whose sums are more than float32 holds.
+    beyond = (replace(within, q=within.q * of_rows), replace(within, v=within.v * within.v.dtype.type(2.0**110)))
+    for batch in (within, *beyond):
+        check_attention(batch, attend(batch), block_ids)
+
+    def spoil(operation, logits):
+        """For the largest logit, which only the second attempt looks for."""
+        return halved(operation, logits) * jnp.nan
+
+    with mock.patch.object(attending_prefill, "halved", spoil):
+        jax.clear_caches()
+        check_attention(within, attend(within), block_ids)
+        for batch in beyond:
+            assert np.isnan(attend(batch)).any()
+    jax.clear_caches()
 
 
 CHECKS = {
