@@ -16,6 +16,8 @@ from pallas_kernels.sparse_attention import reference
 
 # (token, KV head, slot) of which partial results are held at a time, 2.75 KiB each, or 4 of float16.
 _PAIRS = 2**19
+# Such parts that are planned at a time: sorted together they take far fewer kernels.
+_PLANNED = 4
 
 
 def _why_not(q, k, block_ids, block_table) -> str | None:
@@ -81,29 +83,50 @@ def _prefill(
         q = q.reshape(num_rows, kv_heads * hopper.GROUP, hopper.DIM)
     rows = prefill_rows(num_rows, cu_seqlens, seq_lens, context_lens)
     items, tails = planning.items_of(v, block_table, seq_lens)
-    at_a_time = pairs // (kv_heads * top_k)
+    rows_at_a_time = pairs // (kv_heads * top_k)
     if config is None:
         heuristic = attending.TuningConfig.heuristic(top_k, items.page.shape[0])
-        config = tuned.config("attend_prefill", heuristic, rows=min(num_rows, at_a_time), items=items.page.shape[0])
+        sizes = dict(rows=min(num_rows, rows_at_a_time), items=items.page.shape[0])
+        config = tuned.config("attend_prefill", heuristic, **sizes)
+    window = min(config.window, rows_at_a_time)
+    rows_at_a_time -= rows_at_a_time % window
     out = jax.new_ref(lax.empty((num_rows * kv_heads, hopper.GROUP, hopper.DIM), q.dtype))
-    for first in range(0, num_rows, at_a_time):
-        end = min(first + at_a_time, num_rows)
-        part = slice(first, end)
-        of_rows = (block_ids[part], rows.sequence[part], rows.position[part])
-        plan = planning.plan(*of_rows, block_table, items, window=config.window)
-        partials = attending.attend_prefill(
-            q, k, v, tails, plan, first_token=first, scale=scale, config=config, interpret=interpret
-        )
-        merging.merge_prefill(
-            partials,
-            plan.places,
-            jnp.asarray([first * kv_heads], jnp.int32),
-            out,
-            units=(end - first) * kv_heads,
-            top_k=top_k,
-            config=tuned.config("merge_prefill", merging.TuningConfig(), units=(end - first) * kv_heads, top_k=top_k),
-            interpret=interpret,
-        )
+    for first_planned in range(0, num_rows, _PLANNED * rows_at_a_time):
+        planned = slice(first_planned, min(first_planned + _PLANNED * rows_at_a_time, num_rows))
+        of_rows = (block_ids[planned], rows.sequence[planned], rows.position[planned])
+        plan = planning.plan(*of_rows, block_table, items, window=window, rows_at_a_time=rows_at_a_time)
+        first_rows = range(planned.start, planned.stop, rows_at_a_time)
+        parts = len(first_rows)
+        plan = plan._replace(units=plan.units + first_planned * kv_heads)
+        for part, first in enumerate(first_rows):
+            partials = attending.attend_prefill(
+                q,
+                k,
+                v,
+                tails,
+                plan,
+                jnp.asarray([part], jnp.int32),
+                parts=parts,
+                pairs=min(rows_at_a_time, num_rows) * kv_heads * top_k,
+                scale=scale,
+                config=config,
+                interpret=interpret,
+            )
+            units = (min(first + rows_at_a_time, planned.stop) - first) * kv_heads
+            first_pair = (first - first_planned) * kv_heads * top_k
+            places = plan.places[first_pair : first_pair + units * top_k]
+            if part > 0:  # those of a pair that takes no part stay negative
+                places -= plan.ends[part * plan.ends.shape[0] // parts - 1] * planning.TILE_PAIRS
+            merging.merge_prefill(
+                partials,
+                places,
+                jnp.asarray([first * kv_heads], jnp.int32),
+                out,
+                units=units,
+                top_k=top_k,
+                config=tuned.config("merge_prefill", merging.TuningConfig(), units=units, top_k=top_k),
+                interpret=interpret,
+            )
     results = out[...].reshape(num_rows, kv_heads, hopper.GROUP, hopper.DIM)[:, :, :group]
     return results.reshape(num_rows, num_heads, hopper.DIM)
 

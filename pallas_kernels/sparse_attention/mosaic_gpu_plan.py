@@ -3,6 +3,7 @@
 A pair is a (token, KV head, slot) that chose a block. Pairs of one KV head that chose the same page are
 gathered in tiles of `TILE_PAIRS`, so that the page is read once for all of them. A run is the row of tiles of one
 page, of the pairs of some consecutive rows: a window, whose queries are so met again while they are still near by.
+Some windows are a part, of which partial results are held at a time; all parts are planned at once.
 """
 
 import functools
@@ -29,8 +30,9 @@ class Plan(NamedTuple):
     its block that each pair sees, LIMIT_BITS each, the first pair's lowest. tile_run: i32[tiles], a tile's run << 1 |
     whether any of its pairs does not see all of its block. A tile that is not full has pairs that are not its own.
     run_head, run_page, run_tail: i32[runs]; run_tail is the sequence that ends within the page, or -1. Tiles and runs
-    behind the last mean nothing. ends: i32[keys], of which the last is the number of tiles. places: i32[T * K * C],
-    tile * TILE_PAIRS + number in it of each pair, -1 of one that takes no part.
+    behind the last mean nothing. ends: i32[parts * keys], how many tiles there are up to each key; the last one of a
+    part's is where the tiles of the part end. places: i32[T * K * C], tile * TILE_PAIRS + number in it of each pair, -1
+    of one that takes no part.
     """
 
     units: Int32[Array, " 4*tiles"]
@@ -39,7 +41,7 @@ class Plan(NamedTuple):
     run_head: Int32[Array, " runs"]
     run_page: Int32[Array, " runs"]
     run_tail: Int32[Array, " runs"]
-    ends: Int32[Array, " keys"]
+    ends: Int32[Array, " parts*keys"]
     places: Int32[Array, " pairs"]
 
 
@@ -85,6 +87,11 @@ def items_of(
     return Items(by_block, page, tail), jnp.where(seen, at(v, at(page, last_item)), 0)
 
 
+def most_tiles(num_pairs: int, num_keys: int) -> int:
+    """Tiles that so many pairs may need, with so many keys that they may have."""
+    return (num_pairs + (TILE_PAIRS - 1) * min(num_pairs, num_keys)) // TILE_PAIRS
+
+
 def plan(
     block_ids: Int32[Array, "T K C"],
     sequence: Int32[Array, " T"],
@@ -93,16 +100,18 @@ def plan(
     items: Items,
     *,
     window: int,
+    rows_at_a_time: int,
 ) -> Plan:
-    """Sort the pairs by (KV head, window of so many rows, item) and cut each such run into tiles.
+    """Sort the pairs by (part, KV head, window of so many rows, item) and cut each such run into tiles.
 
-    T * K * C is below 2**24.
+    rows_at_a_time: of a part, a multiple of the window. T * K * C is below 2**24.
     """
     num_rows, kv_heads, top_k = block_ids.shape
-    num_items, num_windows = items.page.shape[0], -(-num_rows // window)
-    num_pairs, num_keys = block_ids.size, kv_heads * num_windows * num_items
+    parts, rows_at_a_time = -(-num_rows // rows_at_a_time), min(num_rows, rows_at_a_time)
+    num_items, num_windows = items.page.shape[0], -(-rows_at_a_time // window)
+    num_pairs, num_keys = block_ids.size, parts * kv_heads * num_windows * num_items
     num_runs = min(num_pairs, num_keys)
-    max_tiles = (num_pairs + (TILE_PAIRS - 1) * num_runs) // TILE_PAIRS
+    max_tiles = most_tiles(num_pairs, num_keys)
 
     own = divided(position, PAGE_SIZE)[:, None, None]  # negative where the position is
     used = (block_ids >= 0) & (block_ids <= own)
@@ -112,8 +121,11 @@ def plan(
     else:
         item = jnp.clip(block_table[sequence[:, None, None], block], 0, num_items - 1)
     head = jnp.arange(kv_heads, dtype=jnp.int32)[:, None]
-    row_window = lax.div(jnp.arange(num_rows, dtype=jnp.int32), jnp.int32(window))[:, None, None]
-    key = jnp.where(used, (head * num_windows + row_window) * num_items + item, num_keys).reshape(-1)
+    row = jnp.arange(num_rows, dtype=jnp.int32)[:, None, None]
+    part, row = lax.div(row, jnp.int32(rows_at_a_time)), lax.rem(row, jnp.int32(rows_at_a_time))
+    row_window = lax.div(row, jnp.int32(window))
+    key = ((part * kv_heads + head) * num_windows + row_window) * num_items + item
+    key = jnp.where(used, key, num_keys).reshape(-1)
     limit = jnp.minimum(position[:, None, None] - block * PAGE_SIZE, PAGE_SIZE - 1)
     limit = jnp.where(used, limit, PAGE_SIZE - 1).reshape(-1)
     number = jnp.arange(num_pairs, dtype=jnp.int32)
@@ -159,7 +171,7 @@ def plan(
         units=lax.div(words_from(first_of_tile + (each & (TILE_PAIRS - 1))) >> LIMIT_BITS, jnp.int32(top_k)),
         limits=functools.reduce(jnp.bitwise_or, [limit << (i * LIMIT_BITS) for i, limit in enumerate(limits)]),
         tile_run=(run << 1) | is_cut,
-        run_head=lax.div(key_of_run, jnp.int32(num_windows * num_items)),
+        run_head=lax.rem(lax.div(key_of_run, jnp.int32(num_windows * num_items)), jnp.int32(kv_heads)),
         run_page=at(items.page, item_of_run),
         run_tail=at(items.tail, item_of_run),
         ends=ends,

@@ -28,7 +28,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.hopper import DIM, GROUP, NUM_SMS, PAGE_SIZE, round_up
 from pallas_kernels.mosaic import COLUMNS, compiler_params, cond, full, halved, when
 from pallas_kernels.sparse_attention import mosaic_gpu_partials as packing
-from pallas_kernels.sparse_attention.mosaic_gpu_plan import LIMIT_BITS, TILE_PAIRS, Plan
+from pallas_kernels.sparse_attention.mosaic_gpu_plan import LIMIT_BITS, TILE_PAIRS, Plan, most_tiles
 
 _TILE = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 _WGMMA = plgpu.Layout.WGMMA
@@ -79,27 +79,30 @@ def first_row(slot, dtype: Any):
     return slot * round_up(-(-_ROWS * DIM * 2 // row), 128 // math.gcd(128, row))
 
 
-@functools.partial(jax.jit, static_argnames=("first_token", "scale", "config", "interpret"))
+@functools.partial(jax.jit, static_argnames=("parts", "pairs", "scale", "config", "interpret"))
 def attend_prefill(
     q,
     k,
     v,
     tails,
     plan: Plan,
+    part,
     *,
-    first_token: int,
+    parts: int,
+    pairs: int,
     scale: float,
     config: TuningConfig,
     interpret: Any,
 ):
-    """Partial results of the pairs of a plan of the tokens from first_token on.
+    """Partial results of one part of a plan, which has so many parts, of so many pairs at most.
 
     q [T, K, G, H]; k, v [P, K, S, H]; tails [B, K, S, H], the last page of each sequence without its unused slots.
-    Returns i32[tiles, 4 * G, row words] as `mosaic_gpu_partials` says. What belongs to no pair of the plan holds
-    anything.
+    part: i32[1], so that one kernel serves them all.
+    Returns i32[tiles, 4 * G, row words] as `mosaic_gpu_partials` says, from the part's first tile on. What belongs to
+    no pair holds anything.
     """
-    kv_heads = k.shape[1]
     max_tiles = plan.tile_run.shape[0]
+    keys = plan.ends.shape[0] // parts
     factor = scale * math.log2(math.e)
     dtype = q.dtype
     row_words = packing.row_words_of(dtype)
@@ -118,6 +121,7 @@ def attend_prefill(
         run_page_gmem,
         run_tail_gmem,
         ends_gmem,
+        part_gmem,
         ones_gmem,
         out_gmem,
         queries_and_rows_smem,
@@ -137,7 +141,9 @@ def attend_prefill(
     ):
         q_smem, rows_smem = queries_and_rows_smem
         wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
-        num_tiles = ends_gmem[plan.ends.shape[0] - 1]
+        part = part_gmem[0]
+        first_of_part = jnp.where(part > 0, ends_gmem[jnp.maximum(part * keys - 1, 0)], 0)
+        num_tiles = ends_gmem[(part + 1) * keys - 1] - first_of_part
         # Rounds in which every CTA takes a chunk, and equal shares of what is left.
         round_size = jnp.int32(config.ctas * config.chunk)
         rounds, rest = lax.div(num_tiles, round_size), lax.rem(num_tiles, round_size)
@@ -159,7 +165,7 @@ def attend_prefill(
 
         def first_tile_of(chunk):
             """The number of the first tile of the CTA's chunk."""
-            return chunk * round_size + cta * jnp.where(chunk < rounds, config.chunk, share)
+            return first_of_part + chunk * round_size + cta * jnp.where(chunk < rounds, config.chunk, share)
 
         def tile_of(i):
             """The number of the CTA's tile i; of one behind the last, too, there is one."""
@@ -194,7 +200,7 @@ def attend_prefill(
 
                 for r, unit in enumerate(units):
                     where = q_smem.at[slot, pl.ds(r * GROUP, GROUP)]
-                    plgpu.copy_gmem_to_smem(q_gmem.at[unit + first_token * kv_heads], where, q_barrier.at[slot])
+                    plgpu.copy_gmem_to_smem(q_gmem.at[unit], where, q_barrier.at[slot])
                 return following
 
             lax.fori_loop(0, count, step, units_of(jnp.int32(0)))
@@ -365,7 +371,7 @@ def attend_prefill(
                 for k, statistic in enumerate((reference, total, unit), words.shape[1]):
                     rows.at[:, k][...] = lax.bitcast_convert_type(statistic, jnp.int32)
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(rows, out_gmem.at[number])
+                plgpu.copy_smem_to_gmem(rows, out_gmem.at[number - first_of_part])
                 least = jnp.minimum(least, total)
                 most = jnp.maximum(most, jnp.maximum(total, unit * (_MOST_TOTAL / _MOST_UNIT)))
                 return this_visit, *following, least, most
@@ -433,7 +439,7 @@ def attend_prefill(
         scratch.append(plgpu.SMEM((_WARPGROUPS, _ROWS, PAGE_SIZE), dtype, transforms=_TILE))
     return plgpu.kernel(
         attend,
-        out_type=jax.ShapeDtypeStruct((max_tiles, _ROWS, row_words), jnp.int32),
+        out_type=jax.ShapeDtypeStruct((most_tiles(pairs, keys), _ROWS, row_words), jnp.int32),
         grid=(config.ctas,),
         grid_names=("cta",),
         num_threads=_WARPGROUPS + 1,
@@ -454,5 +460,6 @@ def attend_prefill(
         plan.run_page,
         plan.run_tail,
         plan.ends,
+        part,
         jnp.ones((COLUMNS, _ONES), dtype),
     )

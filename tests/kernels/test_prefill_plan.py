@@ -9,7 +9,7 @@ from pallas_kernels.sparse_attention.mosaic_gpu_plan import LIMIT_BITS, TILE_PAI
 PAGE = 128
 
 
-@pytest.mark.parametrize("window", [1, 16, 64])
+@pytest.mark.parametrize(("window", "rows_at_a_time"), [(1, 50), (16, 64), (64, 64), (8, 16)])
 @pytest.mark.parametrize(
     ("sequences", "width", "num_pages"),
     [
@@ -21,7 +21,7 @@ PAGE = 128
         pytest.param(5, 9000, 50_000, id="65,536 keys and more"),
     ],
 )
-def test_plan(sequences: int, width: int, num_pages: int, window: int) -> None:
+def test_plan(sequences: int, width: int, num_pages: int, window: int, rows_at_a_time: int) -> None:
     rng = np.random.default_rng(width)
     rows, heads, top_k = 50, 2, 4
     sequence = np.sort(rng.integers(0, sequences, rows)).astype(np.int32)
@@ -40,12 +40,12 @@ def test_plan(sequences: int, width: int, num_pages: int, window: int) -> None:
     items = Items(by_block, jnp.asarray(pages), jnp.asarray(tail))
 
     rows_of = (jnp.asarray(block_ids), jnp.asarray(sequence), jnp.asarray(position))
-    found = plan(*rows_of, jnp.asarray(table), items, window=window)
+    found = plan(*rows_of, jnp.asarray(table), items, window=window, rows_at_a_time=rows_at_a_time)
 
     units, limits, tile_run, places = (np.asarray(x) for x in (*found[:3], found.places))
     num_tiles = found.ends[-1]
     runs = np.stack([found.run_head, found.run_page, found.run_tail], axis=1)
-    met, members = [], []
+    met, members, parts_of_tiles = [], [], []
     for pair, place in enumerate(places):
         row, head, slot = np.unravel_index(pair, block_ids.shape)
         block = block_ids[row, head, slot]
@@ -61,11 +61,16 @@ def test_plan(sequences: int, width: int, num_pages: int, window: int) -> None:
         assert is_cut or limit == PAGE - 1
         item = sequence[row] * width + block if by_block else table[sequence[row], block]
         assert list(runs[run]) == [head, pages[item], tail[item]]
-        met.append((run, (head, row // window, item)))
+        part, row = divmod(row, rows_at_a_time)
+        met.append((run, (part, head, row // window, item)))
+        parts_of_tiles.append((part, tile))
         members.append(place)
     assert len(set(members)) == len(members)
-    # One run for each page of a head and a window, in their order, and no more tiles than their pairs fill.
+    # One run for each page of a part, a head and a window, in their order, and no more tiles than their pairs fill.
     assert sorted(set(met)) == list(enumerate(sorted({where for _, where in met})))
     sizes = np.bincount([run for run, _ in met])
     assert num_tiles == np.sum(-(-sizes // TILE_PAIRS))
     assert set(np.array(members) // TILE_PAIRS) == set(range(num_tiles))
+    part_ends = np.asarray(found.ends).reshape(-(-rows // rows_at_a_time), -1)[:, -1]
+    for part, tile in parts_of_tiles:
+        assert (part_ends[part - 1] if part > 0 else 0) <= tile < part_ends[part]
