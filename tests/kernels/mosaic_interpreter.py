@@ -152,13 +152,13 @@ def attention_prefill() -> None:
     batch = make_batch(CASE, decode=False)
     block_ids = batch.choice()
     args = batch.attention_args(block_ids)
-    for config in (
-        # Windows of few rows, and chunks of which a CTA has several.
-        attending_prefill.TuningConfig(window=7, chunk=6, ctas=2),
-        attending_prefill.TuningConfig(window=16, chunk=9, ctas=3),
+    # Windows of few rows, and chunks of which a CTA has several; parts of the rows, each merged into its part of the
+    # result, and in the end more of them than are planned at a time.
+    for pairs, config in (
+        (128, attending_prefill.TuningConfig(window=7, chunk=6, ctas=2)),
+        (48, attending_prefill.TuningConfig(window=16, chunk=9, ctas=3)),
     ):
-        # Several parts of the rows, each merged into its part of the result.
-        attend = functools.partial(attention._prefill, scale=batch.scale, config=config, pairs=128, interpret=RACES)
+        attend = functools.partial(attention._prefill, scale=batch.scale, config=config, pairs=pairs, interpret=RACES)
         check_attention(batch, jax.jit(attend)(*args), block_ids)
 
 
