@@ -4,6 +4,8 @@ Decode: every row walks over its own pages. Prefill: every page meets the rows t
 is merged, for some rows of the call at a time.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -89,38 +91,26 @@ def _prefill(
         sizes = dict(rows=min(num_rows, rows_at_a_time), items=items.page.shape[0])
         config = tuned.config("attend_prefill", heuristic, **sizes)
     window = min(config.window, rows_at_a_time)
-    rows_at_a_time -= rows_at_a_time % window
+    rows_at_a_time = min(rows_at_a_time - rows_at_a_time % window, num_rows)
+    pairs = rows_at_a_time * kv_heads * top_k
     out = jax.new_ref(lax.empty((num_rows * kv_heads, hopper.GROUP, hopper.DIM), q.dtype))
-    for first_planned in range(0, num_rows, _PLANNED * rows_at_a_time):
-        planned = slice(first_planned, min(first_planned + _PLANNED * rows_at_a_time, num_rows))
+    for first in range(0, num_rows, _PLANNED * rows_at_a_time):
+        planned = slice(first, min(first + _PLANNED * rows_at_a_time, num_rows))
         of_rows = (block_ids[planned], rows.sequence[planned], rows.position[planned])
         plan = planning.plan(*of_rows, block_table, items, window=window, rows_at_a_time=rows_at_a_time)
-        first_rows = range(planned.start, planned.stop, rows_at_a_time)
-        parts = len(first_rows)
-        plan = plan._replace(units=plan.units + first_planned * kv_heads)
-        for part, first in enumerate(first_rows):
-            partials = attending.attend_prefill(
-                q,
-                k,
-                v,
-                tails,
-                plan,
-                jnp.asarray([part], jnp.int32),
-                parts=parts,
-                pairs=min(rows_at_a_time, num_rows) * kv_heads * top_k,
-                scale=scale,
-                config=config,
-                interpret=interpret,
-            )
-            units = (min(first + rows_at_a_time, planned.stop) - first) * kv_heads
-            first_pair = (first - first_planned) * kv_heads * top_k
-            places = plan.places[first_pair : first_pair + units * top_k]
-            if part > 0:  # those of a pair that takes no part stay negative
-                places -= plan.ends[part * plan.ends.shape[0] // parts - 1] * planning.TILE_PAIRS
+        plan = plan._replace(units=plan.units + first * kv_heads)
+        parts = -(-(planned.stop - first) // rows_at_a_time)
+        attend = functools.partial(
+            attending.attend_prefill, parts=parts, pairs=pairs, scale=scale, config=config, interpret=interpret
+        )
+        for part in range(parts):
+            partials = attend(q, k, v, tails, plan, jnp.asarray([part], jnp.int32))
+            places = planning.places_of(plan, part, parts=parts, pairs=pairs)
+            units = places.size // top_k
             merging.merge_prefill(
                 partials,
                 places,
-                jnp.asarray([first * kv_heads], jnp.int32),
+                jnp.asarray([(first + part * rows_at_a_time) * kv_heads], jnp.int32),
                 out,
                 units=units,
                 top_k=top_k,

@@ -104,10 +104,10 @@ def plan(
 ) -> Plan:
     """Sort the pairs by (part, KV head, window of so many rows, item) and cut each such run into tiles.
 
-    rows_at_a_time: of a part, a multiple of the window. T * K * C is below 2**24.
+    rows_at_a_time: of a part; a multiple of the window, if there are several. T * K * C is below 2**24.
     """
     num_rows, kv_heads, top_k = block_ids.shape
-    parts, rows_at_a_time = -(-num_rows // rows_at_a_time), min(num_rows, rows_at_a_time)
+    parts = -(-num_rows // rows_at_a_time)
     num_items, num_windows = items.page.shape[0], -(-rows_at_a_time // window)
     num_pairs, num_keys = block_ids.size, parts * kv_heads * num_windows * num_items
     num_runs = min(num_pairs, num_keys)
@@ -177,6 +177,15 @@ def plan(
         ends=ends,
         places=places,
     )
+
+
+def places_of(plan: Plan, part: int, *, parts: int, pairs: int) -> Int32[Array, " pairs"]:
+    """The places of a part's pairs from its first tile on; less than 0 that of one that takes no part.
+
+    pairs: of a part, of which the last may have fewer.
+    """
+    places = plan.places[part * pairs : (part + 1) * pairs]
+    return places - plan.ends[part * plan.ends.shape[0] // parts - 1] * TILE_PAIRS if part > 0 else places
 
 
 def _sort(

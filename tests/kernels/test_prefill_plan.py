@@ -4,12 +4,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.sparse_attention.mosaic_gpu_plan import LIMIT_BITS, TILE_PAIRS, Items, plan
+from pallas_kernels.sparse_attention.mosaic_gpu_plan import LIMIT_BITS, TILE_PAIRS, Items, places_of, plan
 
 PAGE = 128
 
 
-@pytest.mark.parametrize(("window", "rows_at_a_time"), [(1, 50), (16, 64), (64, 64), (8, 16)])
+@pytest.mark.parametrize(("window", "rows_at_a_time"), [(1, 50), (16, 50), (64, 50), (8, 16)])
 @pytest.mark.parametrize(
     ("sequences", "width", "num_pages"),
     [
@@ -71,6 +71,14 @@ def test_plan(sequences: int, width: int, num_pages: int, window: int, rows_at_a
     sizes = np.bincount([run for run, _ in met])
     assert num_tiles == np.sum(-(-sizes // TILE_PAIRS))
     assert set(np.array(members) // TILE_PAIRS) == set(range(num_tiles))
-    part_ends = np.asarray(found.ends).reshape(-(-rows // rows_at_a_time), -1)[:, -1]
+    # The tiles of a part follow one another, and its places count from the first of them.
+    parts = -(-rows // rows_at_a_time)
+    pairs = rows_at_a_time * heads * top_k
+    part_ends = [0, *np.asarray(found.ends).reshape(parts, -1)[:, -1]]
     for part, tile in parts_of_tiles:
-        assert (part_ends[part - 1] if part > 0 else 0) <= tile < part_ends[part]
+        assert part_ends[part] <= tile < part_ends[part + 1]
+    for part in range(parts):
+        expected = places[part * pairs : (part + 1) * pairs]
+        own = np.asarray(places_of(found, part, parts=parts, pairs=pairs))
+        np.testing.assert_array_equal(own[expected >= 0], expected[expected >= 0] - part_ends[part] * TILE_PAIRS)
+        assert (own[expected < 0] < 0).all()
