@@ -149,14 +149,18 @@ def attend_prefill(
         rounds, rest = lax.div(num_tiles, round_size), lax.rem(num_tiles, round_size)
         share = lax.div(rest + (config.ctas - 1), jnp.int32(config.ctas))
 
-        def try_all(run):
+        def try_all(run, branch=lax.cond):
             """run(attempt, number of tiles), and again while anything was not within bounds."""
 
             def step(attempt, count):
-                run(attempt, count)
-                plgpu.barrier_wait(tried)
-                is_beyond = functools.reduce(jnp.maximum, [is_beyond_smem[attempt, i] for i in range(_WARPGROUPS)])
-                return jnp.where(is_beyond > 0, count, jnp.int32(0))
+                def attempted():
+                    run(attempt, count)
+                    plgpu.barrier_wait(tried)
+                    found = [is_beyond_smem[attempt, i] for i in range(_WARPGROUPS)]
+                    return jnp.where(functools.reduce(jnp.maximum, found) > 0, count, jnp.int32(0))
+
+                # Nothing to do is nothing to wait for: a warp that is late would miss the barrier's second turn.
+                return branch(count > 0, attempted, lambda: jnp.int32(0))
 
             lax.fori_loop(0, attempts, step, rounds * config.chunk + jnp.clip(rest - cta * share, 0, share))
 
@@ -390,11 +394,8 @@ def attend_prefill(
                     state = lax.fori_loop(first, end, of_chunk, tuple(state))
                     return ahead + last_run + 1, following, *state
 
-                @when(count > 0)
-                def _():
-                    plgpu.barrier_wait(k_barrier.at[0])
-                    plgpu.barrier_wait(v_barrier.at[0])
-
+                plgpu.barrier_wait(k_barrier.at[0])
+                plgpu.barrier_wait(v_barrier.at[0])
                 tile_runs = [tile_run_of(jnp.int32(i), numbers_of(jnp.int32(0))) for i in range(2)]
                 start = (jnp.int32(0), runs_of(jnp.int32(0), count), jnp.int32(0), *tile_runs, each(1.0), each(1.0))
                 visits, _, visit, _, _, least, most = lax.fori_loop(0, chunks_of(count), over_chunk, start)
@@ -412,7 +413,7 @@ def attend_prefill(
                 plgpu.barrier_arrive(tried)
 
             plgpu.barrier_wait(ones_barrier)
-            try_all(consume)
+            try_all(consume, cond)
 
     page = plgpu.SMEM((_PAGES, PAGE_SIZE, DIM), dtype, transforms=_TILE)
     queries_and_rows = (
