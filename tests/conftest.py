@@ -2,6 +2,9 @@
 
 import os
 
+# For the workers of pytest-xdist, which are started later: else each of them multiplies the oracle's small matrices
+# with as many threads as the machine has cores.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Before jax starts: else the first of the workers that share a GPU takes most of its memory.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
