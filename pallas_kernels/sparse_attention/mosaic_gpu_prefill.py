@@ -25,21 +25,16 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper import DIM, GROUP, NUM_SMS, PAGE_SIZE, round_up
-from pallas_kernels.mosaic import COLUMNS, compiler_params, cond, full, halved, when
+from pallas_kernels.hopper import DIM, GROUP, NUM_SMS, PAGE_SIZE
+from pallas_kernels.mosaic import compiler_params, cond, when
 from pallas_kernels.sparse_attention import mosaic_gpu_partials as packing
+from pallas_kernels.sparse_attention import mosaic_gpu_tile as tiles
 from pallas_kernels.sparse_attention.mosaic_gpu_plan import LIMIT_BITS, TILE_PAIRS, Plan, most_tiles
+from pallas_kernels.sparse_attention.mosaic_gpu_tile import each
 
-_TILE = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-_WGMMA = plgpu.Layout.WGMMA
-_ROWS = TILE_PAIRS * GROUP
 _WARPGROUPS = 3
 # Pages in flight, and tiles of queries in flight for each warpgroup.
 _PAGES, _TILES = 2, 2
-# Weights that are added up at a time: shared memory has not room for as many ones as a page has keys.
-_ONES = 64
-# Where logits in base 2 are nothing but even numbers in float32.
-_HUGE = 2.0**24
 # Sums of a row's weights for which no reference is needed, and units of its numbers: far from the ends of float32 and
 # bfloat16, so that no weight is lost but what is less than 2 ** -80 of its row's largest.
 _LEAST_TOTAL, _MOST_TOTAL, _MOST_UNIT = 2.0**-40, 2.0**60, 2.0**100
@@ -68,15 +63,6 @@ class TuningConfig:
     def heuristic(cls, top_k: int, num_items: int) -> "TuningConfig":
         """For so many items that pairs may meet at: where they are many, a window leaves each but few tiles."""
         return cls() if 128 * num_items <= 2048 * top_k else cls(window=8192, chunk=96)
-
-
-def first_row(slot, dtype: Any):
-    """Where a tile's rows of results begin, in an array of such rows, to lie within a slot of the array of queries.
-
-    At a multiple of the 128 bytes that the copy engine asks for.
-    """
-    row = 4 * packing.row_words_of(dtype)
-    return slot * round_up(-(-_ROWS * DIM * 2 // row), 128 // math.gcd(128, row))
 
 
 @functools.partial(jax.jit, static_argnames=("parts", "pairs", "scale", "config", "interpret"))
@@ -293,32 +279,11 @@ def attend_prefill(
             def mask(logits, tile):
                 # Read when it is needed, which is seldom: each read that every warp waits for is felt.
                 packed = limits_gmem[tile]
-                limits = [
-                    lax.shift_right_logical(packed, jnp.int32(r * LIMIT_BITS)) & jnp.int32(PAGE_SIZE - 1)
-                    for r in range(TILE_PAIRS)
-                ]
-                row = plgpu.broadcasted_iota(jnp.int32, logits.shape, 0, layout=_WGMMA)
-                key = plgpu.broadcasted_iota(jnp.int32, logits.shape, 1, layout=_WGMMA)
-                limit = limits[-1]
-                for r in range(TILE_PAIRS - 2, -1, -1):
-                    limit = jnp.where(row < (r + 1) * GROUP, limits[r], limit)
-                return jnp.where(key <= limit, logits, -jnp.inf)
-
-            def each(value, dtype=jnp.float32):
-                return full((_ROWS,), value, dtype, _WGMMA.reduce(1))
+                limits = [lax.shift_right_logical(packed, jnp.int32(r * LIMIT_BITS)) for r in range(TILE_PAIRS)]
+                return tiles.masked(logits, [limit & jnp.int32(PAGE_SIZE - 1) for limit in limits])
 
             def from_largest(logits):
-                """For each row slope and reference: the logits * slope - reference, one instruction, go into exp2.
-
-                The reference is the rounded product of the largest one, so that it weighs about 1; with a huge one the
-                rounding would be all that there is. There the slope is a power of two, which rounds nothing: such
-                logits are so far apart, or equal, that it does not matter by how much. It is not less than the factor,
-                so that the order of references is that of the largest logits.
-                """
-                largest = halved(jnp.maximum, logits).max(axis=1)
-                is_huge = jnp.abs(largest) > _HUGE / factor
-                slope = jnp.where(is_huge, each(2.0 ** math.ceil(math.log2(factor))), each(factor))
-                return slope, largest * slope
+                return tiles.slope_and_reference(logits, factor)
 
             def from_nothing(_):
                 return each(factor), each(0.0)
@@ -338,7 +303,7 @@ def attend_prefill(
                     plgpu.wgmma(acc, q_smem.at[slot_of(i)], k_smem.at[page].T)
                     return acc[...]
 
-                logits = pl.run_scoped(multiply_k, plgpu.ACC((_ROWS, PAGE_SIZE), jnp.float32))
+                logits = pl.run_scoped(multiply_k, plgpu.ACC((tiles.ROWS, PAGE_SIZE), jnp.float32))
                 # Results leave from where queries came in: once its stores have been read, the other slot is free.
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
@@ -349,33 +314,18 @@ def attend_prefill(
                 is_cut = (tile_run & jnp.int32(1)) > 0
                 logits = cond(is_cut, mask, lambda logits, _: logits, logits, number)
                 slope, reference = cond(by_largest, from_largest, from_nothing, logits)
-                slopes, references = (lax.broadcast_in_dim(x, logits.shape, [0]) for x in (slope, reference))
-                weights = jnp.exp2(logits * slopes - references).astype(dtype)
+                weights = jnp.exp2(logits * tiles.along(slope) - tiles.along(reference)).astype(dtype)
 
                 def multiply_v(values, totals):
-                    factor = weights
-                    halves = [weights[:, first : first + _ONES] for first in range(0, PAGE_SIZE, _ONES)]
-                    if weights_smem:
-                        factor = weights_smem[0].at[wg]
-                        halves = [factor.at[:, pl.ds(first, _ONES)] for first in range(0, PAGE_SIZE, _ONES)]
-                        factor[...] = weights
-                        plgpu.commit_smem()
-                    # The sum is of what is multiplied, so that the rounding of equal weights cancels.
-                    for half in halves:
-                        plgpu.wgmma(totals, half, ones_smem.T)
-                    plgpu.wgmma(values, factor, v_smem.at[page])
+                    where = weights_smem[0].at[wg] if weights_smem else None
+                    tiles.multiply(weights, v_smem.at[page], ones_smem, values, totals, where)
                     return values[...], totals[...]
 
-                accs = [plgpu.ACC((_ROWS, width), jnp.float32) for width in (DIM, COLUMNS)]
+                accs = [plgpu.ACC((tiles.ROWS, width), jnp.float32) for width in (DIM, tiles.ONES[0])]
                 values, totals = pl.run_scoped(multiply_v, *accs)
                 total = totals.max(axis=1)  # of equal ones
-                words, unit = packing.pack(values, dtype)
-                rows = rows_smem.at[pl.ds(first_row(slot_of(i), dtype), _ROWS)]
-                rows.at[:, pl.ds(0, words.shape[1])][...] = words
-                for k, statistic in enumerate((reference, total, unit), words.shape[1]):
-                    rows.at[:, k][...] = lax.bitcast_convert_type(statistic, jnp.int32)
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(rows, out_gmem.at[number - first_of_part])
+                rows = rows_smem.at[pl.ds(tiles.first_row(slot_of(i), dtype), tiles.ROWS)]
+                unit = tiles.store(rows, out_gmem.at[number - first_of_part], values, reference, total, dtype)
                 least = jnp.minimum(least, total)
                 most = jnp.maximum(most, jnp.maximum(total, unit * (_MOST_TOTAL / _MOST_UNIT)))
                 return this_visit, *following, least, most
@@ -403,11 +353,12 @@ def attend_prefill(
                 # Nothing is brought, and nothing stored, where something is still on its way from.
                 plgpu.wait_smem_to_gmem(0)
                 is_within = jnp.logical_and(least >= _LEAST_TOTAL, most <= _MOST_TOTAL)
-                first = first_row(slot_of(jnp.int32(0)), dtype)
-                rows_smem.at[pl.ds(first, _ROWS), 0][...] = jnp.where(is_within, each(0, jnp.int32), each(1, jnp.int32))
+                first = tiles.first_row(slot_of(jnp.int32(0)), dtype)
+                is_beyond = jnp.where(is_within, each(0, jnp.int32), each(1, jnp.int32))
+                rows_smem.at[pl.ds(first, tiles.ROWS), 0][...] = is_beyond
                 plgpu.commit_smem()
                 is_beyond_smem[attempt, wg] = lax.fori_loop(
-                    0, _ROWS, lambda row, found: jnp.maximum(found, rows_smem[first + row, 0]), 0, unroll=8
+                    0, tiles.ROWS, lambda row, found: jnp.maximum(found, rows_smem[first + row, 0]), 0, unroll=8
                 )
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(tried)
@@ -415,11 +366,8 @@ def attend_prefill(
             plgpu.barrier_wait(ones_barrier)
             try_all(consume, cond)
 
-    page = plgpu.SMEM((_PAGES, PAGE_SIZE, DIM), dtype, transforms=_TILE)
-    queries_and_rows = (
-        plgpu.SMEM((_WARPGROUPS * _TILES, _ROWS, DIM), dtype, transforms=_TILE),
-        plgpu.SMEM((first_row(_WARPGROUPS * _TILES - 1, dtype) + _ROWS, row_words), jnp.int32),
-    )
+    page = plgpu.SMEM((_PAGES, PAGE_SIZE, DIM), dtype, transforms=tiles.TILING)
+    queries_and_rows = tiles.queries_and_results(_WARPGROUPS * _TILES, dtype)
     scratch = [
         # The interpreter takes a union as a whole for one or the other, not each slot for itself.
         plgpu.RefUnion(*queries_and_rows) if interpret is None else queries_and_rows,
@@ -431,16 +379,16 @@ def attend_prefill(
         plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=_PAGES),
         plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=_PAGES),
         plgpu.Barrier(num_barriers=_WARPGROUPS * _TILES),
-        plgpu.SMEM((COLUMNS, _ONES), dtype, transforms=_TILE),
+        plgpu.SMEM(tiles.ONES, dtype, transforms=tiles.TILING),
         plgpu.Barrier(),
         plgpu.SMEM((attempts, _WARPGROUPS), jnp.int32),
         plgpu.Barrier(num_arrivals=_WARPGROUPS),
     ]
     if interpret is not None:  # it multiplies from shared memory only
-        scratch.append(plgpu.SMEM((_WARPGROUPS, _ROWS, PAGE_SIZE), dtype, transforms=_TILE))
+        scratch.append(plgpu.SMEM((_WARPGROUPS, tiles.ROWS, PAGE_SIZE), dtype, transforms=tiles.TILING))
     return plgpu.kernel(
         attend,
-        out_type=jax.ShapeDtypeStruct((most_tiles(pairs, keys), _ROWS, row_words), jnp.int32),
+        out_type=jax.ShapeDtypeStruct((most_tiles(pairs, keys), tiles.ROWS, row_words), jnp.int32),
         grid=(config.ctas,),
         grid_names=("cta",),
         num_threads=_WARPGROUPS + 1,
@@ -462,5 +410,5 @@ def attend_prefill(
         plan.run_tail,
         plan.ends,
         part,
-        jnp.ones((COLUMNS, _ONES), dtype),
+        jnp.ones(tiles.ONES, dtype),
     )

@@ -31,6 +31,7 @@ from pallas_kernels.skinny_matmul import mosaic_gpu as skinny
 from pallas_kernels.sparse_attention import mosaic_gpu as attention
 from pallas_kernels.sparse_attention import mosaic_gpu_decode as attending
 from pallas_kernels.sparse_attention import mosaic_gpu_prefill as attending_prefill
+from pallas_kernels.sparse_attention import mosaic_gpu_tile as tiles
 
 RACES = plgpu.InterpretGPUParams(detect_races=True)
 SIZES = Sizes(
@@ -183,7 +184,7 @@ def attention_prefill_bounds() -> None:
         """For the largest logit, which only the second attempt looks for."""
         return halved(operation, logits) * jnp.nan
 
-    with mock.patch.object(attending_prefill, "halved", spoil):
+    with mock.patch.object(tiles, "halved", spoil):
         jax.clear_caches()
         check_attention(within, attend(within), block_ids)
         for batch in beyond:

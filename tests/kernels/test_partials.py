@@ -9,6 +9,7 @@ from pallas_kernels.hopper import DIM, GROUP
 from pallas_kernels.sparse_attention import mosaic_gpu
 from pallas_kernels.sparse_attention import mosaic_gpu_partials as packing
 from pallas_kernels.sparse_attention import mosaic_gpu_prefill as prefill
+from pallas_kernels.sparse_attention import mosaic_gpu_tile as tiles
 
 DTYPES = (jnp.bfloat16, jnp.float16)
 # The last of the steps that a row's largest number has.
@@ -75,7 +76,7 @@ def test_results_lie_within_their_slot(dtype):
     assert packing.words_of(dtype) + 3 <= packing.row_words_of(dtype)
     slot_bytes = 64 * DIM * 2
     for slot in range(prefill._WARPGROUPS * prefill._TILES):
-        first = prefill.first_row(slot, dtype) * row
+        first = tiles.first_row(slot, dtype) * row
         assert first % 128 == 0
         assert slot * slot_bytes <= first
         assert first + 64 * row <= (slot + 1) * slot_bytes
