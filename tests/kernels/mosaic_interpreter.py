@@ -165,20 +165,21 @@ def attention_prefill() -> None:
 
 def attention_prefill_bounds() -> None:
     """CTAs begin anew where something is out of bounds, all else stands as it was first found."""
-    within = make_batch(replace(CASE, data="normal", poison=0.0), decode=False)
+    case = replace(CASE, lens=((300, 7), (0, 0), (0, 1)), sizes=replace(SIZES, num_rows=9), data="normal", poison=0.0)
+    within = make_batch(case, decode=False)
     of_rows = np.ones_like(within.q)
     of_rows[::7] = 200  # Logits of hundreds.
+    # The second of them: values whose sums are more than float32 holds.
+    beyond = (replace(within, q=within.q * of_rows), replace(within, v=within.v * within.v.dtype.type(2.0**110)))
     config = attending_prefill.TuningConfig(window=16, chunk=6, ctas=3)
     block_ids = within.choice()
 
-    def attend(batch):
-        run = functools.partial(attention._prefill, scale=batch.scale, config=config, interpret=RACES)
-        return jax.jit(run)(*batch.attention_args(block_ids))
+    def attend():
+        run = jax.jit(functools.partial(attention._prefill, scale=within.scale, config=config, interpret=RACES))
+        return [run(*batch.attention_args(block_ids)) for batch in (within, *beyond)]
 
-    # The second of them: values whose sums are more than float32 holds.
-    beyond = (replace(within, q=within.q * of_rows), replace(within, v=within.v * within.v.dtype.type(2.0**110)))
-    for batch in (within, *beyond):
-        check_attention(batch, attend(batch), block_ids)
+    for batch, result in zip((within, *beyond), attend(), strict=True):
+        check_attention(batch, result, block_ids)
 
     def spoil(operation, logits):
         """For the largest logit, which only the second attempt looks for."""
@@ -186,10 +187,10 @@ def attention_prefill_bounds() -> None:
 
     with mock.patch.object(tiles, "halved", spoil):
         jax.clear_caches()
-        check_attention(within, attend(within), block_ids)
-        for batch in beyond:
-            assert np.isnan(attend(batch)).any()
+        first, *others = attend()
     jax.clear_caches()
+    check_attention(within, first, block_ids)
+    assert all(np.isnan(other).any() for other in others)
 
 
 CHECKS = {
