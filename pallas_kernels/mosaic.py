@@ -1,7 +1,7 @@
 """How the Mosaic GPU kernels are lowered: what of it takes less time than by default, and arrays with their layouts."""
 
-# jax does not export every name of Mosaic GPU.
-# pyright: reportPrivateImportUsage=false
+# jax does not export every name of Mosaic GPU, and calls its transforms abstract.
+# pyright: reportPrivateImportUsage=false, reportAbstractUsage=false
 
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +12,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 # The fewest of an array as a wgmma leaves it.
 COLUMNS = 8
+# Of a matrix in shared memory that wgmma multiplies: its tiles, and how their rows are swizzled.
+TILING = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 # Of a few rows that are to be rearranged: of 32 channels of 8 rows, a warp has 8, and a lane 2 of one row.
 FEW_ROWS = plgpu.Layout.TILED(plgpu.Tiling(((8, 32), (8, 8), (2,))), (-4,), (-3, -2), -1)
 

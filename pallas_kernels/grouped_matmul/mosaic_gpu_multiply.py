@@ -25,8 +25,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.grouped_matmul import mosaic_gpu_plan as planning
 from pallas_kernels.hopper import NUM_SMS
+from pallas_kernels.mosaic import TILING
 
-_OPERAND = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 # Rows of a result can be stored from any row on.
 _RESULT = (plgpu.TilingTransform((1, 64)), plgpu.SwizzleTransform(128))
 # Output channels of a warpgroup in a half, and contracted channels of a step.
@@ -306,8 +306,8 @@ def multiply(
             plgpu.wait_smem_to_gmem(0)
 
     scratch = [
-        plgpu.SMEM((stages, 2, stretch, DEPTH), dtype, transforms=_OPERAND),
-        plgpu.SMEM((stages, widest, DEPTH), dtype, transforms=_OPERAND),
+        plgpu.SMEM((stages, 2, stretch, DEPTH), dtype, transforms=TILING),
+        plgpu.SMEM((stages, widest, DEPTH), dtype, transforms=TILING),
         plgpu.SMEM((warpgroups, slots, chunk, CHANNELS), out_dtype, transforms=_RESULT),
         plgpu.Barrier(num_arrivals=3, num_barriers=stages),
         plgpu.ClusterBarrier(collective_axes=("cta",), num_arrivals=warpgroups, num_barriers=stages)

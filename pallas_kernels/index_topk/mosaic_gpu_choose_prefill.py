@@ -8,8 +8,8 @@ Blocks that a row has anyway stand in its list from the start, and those that al
 A second kernel merges the pieces of each window.
 """
 
-# jax does not export every name of Mosaic GPU, and calls its transforms abstract.
-# pyright: reportPrivateImportUsage=false, reportAbstractUsage=false
+# jax does not export every name of Mosaic GPU.
+# pyright: reportPrivateImportUsage=false
 
 import functools
 from dataclasses import dataclass
@@ -26,9 +26,8 @@ from pallas_kernels.index_topk import keys
 from pallas_kernels.index_topk.mosaic_gpu_lists import insert, nothing, only
 from pallas_kernels.index_topk.mosaic_gpu_score_prefill import ALIGNMENT, WIDTH
 from pallas_kernels.index_topk.shares import Shares
-from pallas_kernels.mosaic import compiler_params, cond, full, load, when
+from pallas_kernels.mosaic import TILING, compiler_params, cond, full, load, when
 
-_TILE = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 _WARPGROUPS = 2
 _ROWS = WIDTH // _WARPGROUPS
 # A thread has one row, in each of several stretches of rows, over any leading axes.
@@ -324,8 +323,8 @@ def _choose_pieces(
         num_threads=_WARPGROUPS + 1,
         thread_name="wg",
         scratch_types=[
-            plgpu.SMEM((2, _WARPGROUPS, _ROWS, DIM), dtype, transforms=_TILE),
-            plgpu.SMEM((stages, PAGE_SIZE, DIM), dtype, transforms=_TILE),
+            plgpu.SMEM((2, _WARPGROUPS, _ROWS, DIM), dtype, transforms=TILING),
+            plgpu.SMEM((stages, PAGE_SIZE, DIM), dtype, transforms=TILING),
             plgpu.SMEM((_WARPGROUPS, _ROWS), jnp.float32),
             plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=2),
             plgpu.Barrier(num_barriers=stages),

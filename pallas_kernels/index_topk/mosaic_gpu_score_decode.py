@@ -4,8 +4,8 @@ One CTA scores a few pages of one sequence. The product is turned round, keys x 
 queries (tokens x heads) pad the narrow side of the wgmma, of which the least is 8, instead of the 64 rows.
 """
 
-# jax does not export every name of Mosaic GPU, and calls its transforms abstract.
-# pyright: reportPrivateImportUsage=false, reportAbstractUsage=false
+# jax does not export every name of Mosaic GPU.
+# pyright: reportPrivateImportUsage=false
 
 import functools
 from dataclasses import dataclass
@@ -20,8 +20,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import mosaic
 from pallas_kernels.hopper import DIM, PAGE_SIZE, round_up
 from pallas_kernels.index_topk.shares import Shares
-
-_TILE = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 
 
 @dataclass(frozen=True)
@@ -166,8 +164,8 @@ def score_decode(
         grid=(num_sequences, num_blocks // config.pages),
         grid_names=("sequence", "chunk"),
         scratch_types=[
-            plgpu.SMEM((width, DIM), dtype, transforms=_TILE),
-            plgpu.SMEM((stages, PAGE_SIZE, DIM), dtype, transforms=_TILE),
+            plgpu.SMEM((width, DIM), dtype, transforms=mosaic.TILING),
+            plgpu.SMEM((stages, PAGE_SIZE, DIM), dtype, transforms=mosaic.TILING),
             plgpu.SMEM((config.pages, width), jnp.float32),
             plgpu.Barrier(),
             plgpu.Barrier(num_barriers=stages),

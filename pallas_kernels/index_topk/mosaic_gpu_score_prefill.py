@@ -5,8 +5,8 @@ A CTA takes a window of rows of one sequence and a share of the blocks that they
 page's maxima go straight from registers to memory, one row of scores a page.
 """
 
-# jax does not export every name of Mosaic GPU, and calls its transforms abstract.
-# pyright: reportPrivateImportUsage=false, reportAbstractUsage=false
+# jax does not export every name of Mosaic GPU.
+# pyright: reportPrivateImportUsage=false
 
 import functools
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import DIM, PAGE_SIZE
+from pallas_kernels.mosaic import TILING
 
-_TILE = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 _WARPGROUPS = 2
 _ROWS = 128
 # (token, head) rows of a window, and what its first one must be a multiple of, as rows are copied in tiles.
@@ -158,8 +158,8 @@ def score_prefill(
         num_threads=_WARPGROUPS + 1,
         thread_name="wg",
         scratch_types=[
-            plgpu.SMEM((_WARPGROUPS, _ROWS, DIM), dtype, transforms=_TILE),
-            plgpu.SMEM((stages, PAGE_SIZE, DIM), dtype, transforms=_TILE),
+            plgpu.SMEM((_WARPGROUPS, _ROWS, DIM), dtype, transforms=TILING),
+            plgpu.SMEM((stages, PAGE_SIZE, DIM), dtype, transforms=TILING),
             plgpu.Barrier(num_barriers=_WARPGROUPS),
             plgpu.Barrier(num_barriers=stages),
             plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=stages),

@@ -6,8 +6,8 @@ so that the few rows are the narrow side of a wgmma, of which the least is 8. As
 equally much, so that memory is busy to the end.
 """
 
-# jax does not export every name of Mosaic GPU, and calls its transforms abstract.
-# pyright: reportPrivateImportUsage=false, reportAbstractUsage=false
+# jax does not export every name of Mosaic GPU.
+# pyright: reportPrivateImportUsage=false
 
 import functools
 import itertools
@@ -28,7 +28,6 @@ from pallas_kernels.skinny_matmul import reference
 # Channels out of a CTA: the least rows of a wgmma. Channels in of a step.
 CHANNELS, DEPTHS = 64, (256, 128)
 MOST_ROWS = 64
-_TILE = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 _WGMMA = plgpu.Layout.WGMMA
 # Shared memory of a CTA, less what results take.
 _RING_BYTES = 200 * 1024
@@ -182,8 +181,8 @@ def multiply(rows, *matrices, config: TuningConfig, interpret: Any = None):
 
     out = [jax.ShapeDtypeStruct((num_rows, num_tiles * CHANNELS), dtype)]
     scratch = [
-        plgpu.SMEM((stages, CHANNELS, depth), dtype, transforms=_TILE),
-        plgpu.SMEM((stages, width, depth), dtype, transforms=_TILE),
+        plgpu.SMEM((stages, CHANNELS, depth), dtype, transforms=mosaic.TILING),
+        plgpu.SMEM((stages, width, depth), dtype, transforms=mosaic.TILING),
         plgpu.SMEM((num_rows, CHANNELS), dtype),
         plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         # Fewer rows than a tile has cannot be copied into one, but have to be rearranged.

@@ -87,9 +87,9 @@ def _prefill(
     items, tails = planning.items_of(v, block_table, seq_lens)
     rows_at_a_time = pairs // (kv_heads * top_k)
     if config is None:
-        heuristic = attending.TuningConfig.heuristic(top_k, items.page.shape[0])
-        sizes = dict(rows=min(num_rows, rows_at_a_time), items=items.page.shape[0])
-        config = tuned.config("attend_prefill", heuristic, **sizes)
+        num_items = items.page.shape[0]
+        heuristic = attending.TuningConfig.heuristic(top_k, num_items)
+        config = tuned.config("attend_prefill", heuristic, rows=min(num_rows, rows_at_a_time), items=num_items)
     window = min(config.window, rows_at_a_time)
     rows_at_a_time = min(rows_at_a_time - rows_at_a_time % window, num_rows)
     pairs = rows_at_a_time * kv_heads * top_k

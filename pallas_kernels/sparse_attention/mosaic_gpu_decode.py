@@ -8,8 +8,8 @@ a few by XLA, many by a second kernel: a partial result leaves as two numbers of
 the first rounded away.
 """
 
-# jax does not export every name of Mosaic GPU, and calls its transforms abstract.
-# pyright: reportPrivateImportUsage=false, reportAbstractUsage=false
+# jax does not export every name of Mosaic GPU.
+# pyright: reportPrivateImportUsage=false
 
 import functools
 import math
@@ -23,10 +23,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import DIM, MOST_CLUSTERED, NUM_SMS, PAGE_SIZE, round_up
-from pallas_kernels.mosaic import compiler_params, cond, full, load, meet, spread, when
+from pallas_kernels.mosaic import TILING, compiler_params, cond, full, load, meet, spread, when
 from pallas_kernels.sparse_attention import mosaic_gpu_decode_merge as merging
 
-_TILE = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 _WGMMA = plgpu.Layout.WGMMA
 # A thread has one channel of every row.
 _BY_CHANNEL = plgpu.Layout.TILED(plgpu.Tiling(((1, DIM), (32,), (1,))), (-3,), (-2,), -1)
@@ -348,13 +347,13 @@ def attend_decode(q, k, v, block_ids, block_table, seq_lens, *, scale: float, co
         ]
     else:
         out = [jax.ShapeDtypeStruct((num_rows, kv_heads, height, DIM), dtype)]
-    tile = plgpu.SMEM((height, DIM), dtype, transforms=_TILE)
-    page = plgpu.SMEM((stages, PAGE_SIZE, DIM), dtype, transforms=_TILE)
+    tile = plgpu.SMEM((height, DIM), dtype, transforms=TILING)
+    page = plgpu.SMEM((stages, PAGE_SIZE, DIM), dtype, transforms=TILING)
     scratch = [
         tile,
         page,
         page,
-        plgpu.SMEM((together, height, PAGE_SIZE), dtype, transforms=_TILE),
+        plgpu.SMEM((together, height, PAGE_SIZE), dtype, transforms=TILING),
         plgpu.SMEM((2, height), jnp.float32),
         plgpu.Barrier(),
         plgpu.Barrier(num_barriers=stages),

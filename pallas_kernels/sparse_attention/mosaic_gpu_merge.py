@@ -4,8 +4,8 @@ A CTA merges four units, (token, KV head), two slots at a time: 4 x 16 rows of p
 softmax does, it rescales what it has when a slot raises the reference, so that no slot is looked at twice.
 """
 
-# jax does not export every name of Mosaic GPU, and calls its transforms abstract.
-# pyright: reportPrivateImportUsage=false, reportAbstractUsage=false
+# jax does not export every name of Mosaic GPU.
+# pyright: reportPrivateImportUsage=false
 
 import functools
 from dataclasses import dataclass
@@ -22,7 +22,6 @@ from pallas_kernels import mosaic
 from pallas_kernels.hopper import DIM, GROUP, round_up
 from pallas_kernels.sparse_attention import mosaic_gpu_partials as packing
 
-_TILE = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 _WGMMA = plgpu.Layout.WGMMA
 _UNITS = 4
 # At a time, which saves half of the rescaling: every number of slots that is served is even.
@@ -186,7 +185,7 @@ def merge_prefill(
         scratch_types=[
             plgpu.SMEM((stages, _SLOTS, _ROWS, row_words), jnp.int32),
             plgpu.SMEM((_UNITS, width), jnp.int32),
-            plgpu.SMEM((_ROWS, DIM), dtype, transforms=_TILE),
+            plgpu.SMEM((_ROWS, DIM), dtype, transforms=mosaic.TILING),
             plgpu.Barrier(num_arrivals=_SLOTS * _UNITS, num_barriers=stages),
             plgpu.Barrier(),
         ],

@@ -11,8 +11,8 @@ to that, nothing has to be taken off and no largest one looked for, which is a t
 without at first; if anything that it found was not within bounds, it computes all of its tiles anew.
 """
 
-# jax does not export every name of Mosaic GPU, and calls its transforms abstract.
-# pyright: reportPrivateImportUsage=false, reportAbstractUsage=false
+# jax does not export every name of Mosaic GPU.
+# pyright: reportPrivateImportUsage=false
 
 import functools
 import math
@@ -26,7 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import DIM, GROUP, NUM_SMS, PAGE_SIZE
-from pallas_kernels.mosaic import compiler_params, cond, when
+from pallas_kernels.mosaic import TILING, compiler_params, cond, when
 from pallas_kernels.sparse_attention import mosaic_gpu_partials as packing
 from pallas_kernels.sparse_attention import mosaic_gpu_tile as tiles
 from pallas_kernels.sparse_attention.mosaic_gpu_plan import LIMIT_BITS, TILE_PAIRS, Plan, most_tiles
@@ -366,7 +366,7 @@ def attend_prefill(
             plgpu.barrier_wait(ones_barrier)
             try_all(consume, cond)
 
-    page = plgpu.SMEM((_PAGES, PAGE_SIZE, DIM), dtype, transforms=tiles.TILING)
+    page = plgpu.SMEM((_PAGES, PAGE_SIZE, DIM), dtype, transforms=TILING)
     queries_and_rows = tiles.queries_and_results(_WARPGROUPS * _TILES, dtype)
     scratch = [
         # The interpreter takes a union as a whole for one or the other, not each slot for itself.
@@ -379,13 +379,13 @@ def attend_prefill(
         plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=_PAGES),
         plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=_PAGES),
         plgpu.Barrier(num_barriers=_WARPGROUPS * _TILES),
-        plgpu.SMEM(tiles.ONES, dtype, transforms=tiles.TILING),
+        plgpu.SMEM(tiles.ONES, dtype, transforms=TILING),
         plgpu.Barrier(),
         plgpu.SMEM((attempts, _WARPGROUPS), jnp.int32),
         plgpu.Barrier(num_arrivals=_WARPGROUPS),
     ]
     if interpret is not None:  # it multiplies from shared memory only
-        scratch.append(plgpu.SMEM((_WARPGROUPS, tiles.ROWS, PAGE_SIZE), dtype, transforms=tiles.TILING))
+        scratch.append(plgpu.SMEM((_WARPGROUPS, tiles.ROWS, PAGE_SIZE), dtype, transforms=TILING))
     return plgpu.kernel(
         attend,
         out_type=jax.ShapeDtypeStruct((most_tiles(pairs, keys), tiles.ROWS, row_words), jnp.int32),

@@ -3,8 +3,8 @@
 `mosaic_gpu_prefill` says which warpgroup takes which tile, and when.
 """
 
-# jax does not export every name of Mosaic GPU, and calls its transforms abstract.
-# pyright: reportPrivateImportUsage=false, reportAbstractUsage=false
+# jax does not export every name of Mosaic GPU.
+# pyright: reportPrivateImportUsage=false
 
 import math
 from collections.abc import Sequence
@@ -16,13 +16,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import DIM, GROUP, PAGE_SIZE, round_up
-from pallas_kernels.mosaic import COLUMNS, full, halved
+from pallas_kernels.mosaic import COLUMNS, TILING, full, halved, spread
 from pallas_kernels.sparse_attention import mosaic_gpu_partials as packing
 from pallas_kernels.sparse_attention.mosaic_gpu_plan import TILE_PAIRS
 
 ROWS = TILE_PAIRS * GROUP
-TILING = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-WGMMA = plgpu.Layout.WGMMA
+_WGMMA = plgpu.Layout.WGMMA
 # Weights that are added up at a time: shared memory has not room for as many ones as a page has keys.
 _ONES = 64
 ONES = (COLUMNS, _ONES)
@@ -49,17 +48,17 @@ def queries_and_results(slots: int, dtype: Any) -> tuple[Any, Any]:
 
 def each(value: Any, dtype: Any = jnp.float32) -> Any:
     """One value for each row."""
-    return full((ROWS,), value, dtype, WGMMA.reduce(1))
+    return full((ROWS,), value, dtype, _WGMMA.reduce(1))
 
 
 def along(rows: Any) -> Any:
     """A value of each row for each of its keys or channels."""
-    return lax.broadcast_in_dim(rows, (ROWS, PAGE_SIZE), [0])
+    return spread(rows, (ROWS, PAGE_SIZE), 0, _WGMMA)
 
 
 def masked(logits: Any, limits: Sequence[Any]) -> Any:
     """Without the keys behind the last one that each pair sees."""
-    row, key = (plgpu.broadcasted_iota(jnp.int32, logits.shape, axis, layout=WGMMA) for axis in range(2))
+    row, key = (plgpu.broadcasted_iota(jnp.int32, logits.shape, axis, layout=_WGMMA) for axis in range(2))
     limit = limits[-1]
     for r in range(TILE_PAIRS - 2, -1, -1):
         limit = jnp.where(row < (r + 1) * GROUP, limits[r], limit)

@@ -4,10 +4,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
-
-DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -37,7 +34,7 @@ def make(case: Case, seed: int = 0) -> tuple[jax.Array, list[jax.Array]]:
     rng = np.random.default_rng(seed)
 
     def normal(*shape: int) -> jax.Array:
-        return jnp.asarray(rng.standard_normal(shape).astype(DTYPES[case.dtype]))
+        return jnp.asarray(rng.standard_normal(shape).astype(jnp.dtype(case.dtype)))
 
     return normal(case.num_rows, case.channels_in), [normal(out, case.channels_in) for out in case.channels_out]
 
