@@ -331,7 +331,7 @@ def attend_prefill(
                 return this_visit, *following, least, most
 
             def consume(attempt, count):
-                own_count = jnp.maximum(lax.div(count - wg + (_WARPGROUPS - 1), jnp.int32(_WARPGROUPS)), 0)
+                own_count = lax.div(count - wg + (_WARPGROUPS - 1), jnp.int32(_WARPGROUPS))
                 of_attempt = functools.partial(step, own_count=own_count, by_largest=attempt == attempts - 1)
 
                 def over_chunk(chunk, carry):
