@@ -150,7 +150,7 @@ def test_the_command_prints_once_and_a_death_ends_it(checkpoint: Path, started: 
     killed = time.monotonic()
     _, errors = started[0].communicate(timeout=60)
     assert time.monotonic() - killed < 60
-    assert started[0].returncode == 1
+    assert started[0].returncode == 1, errors
     lines = [line for line in errors.splitlines() if line.startswith("m3-generate: error: ")]
     assert len(lines) == 1, errors
     assert "Connection closed by peer" in lines[0] or "Connection reset by peer" in lines[0]
