@@ -4,8 +4,8 @@ A score becomes a key (`keys`), and a block's rank breaks ties. A warp takes the
 sorts its few blocks into a list, and then, k times over: the largest of the first keys of the lists, the lowest block
 that has it, and that lane goes on to its next. Of few candidates, such as what the four warps have found, the place of
 each is the number of those that are better, all pairs at once. So it is with what several CTAs found: up to 8 are a
-cluster, whose first one takes it from the others' shared memory, and more leave it to a second kernel. A table of no
-more than 64 blocks begins there.
+cluster, of which all send it to the first one, and more leave it to a second kernel. A table of no more than 64 blocks
+begins there.
 """
 
 # jax does not export every name of Mosaic GPU, and calls its transforms abstract.
@@ -21,11 +21,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import mosaic_cluster as cluster
 from pallas_kernels.hopper import MOST_CLUSTERED, PAGE_SIZE, round_up
 from pallas_kernels.index_topk import keys
 from pallas_kernels.index_topk.mosaic_gpu_lists import nothing
 from pallas_kernels.index_topk.shares import Shares
-from pallas_kernels.mosaic import compiler_params, full, load, spread, when
+from pallas_kernels.mosaic import compiler_params, full, load, meet, spread, when
 
 _WARPS, _LANES = 4, 32
 _LARGEST_CHUNK = 256
@@ -310,43 +311,37 @@ def _choose_scores(scores, positions, share, *, choice: Choice, config: TuningCo
         if ctas == 1:
             choice.write(out_gmem, slab, column, *best(choice.with_keys), blocks, share)
             return
+        if clustered and not through_gmem:
+            cluster.expect(refs[-1], 2 * ctas * top_k, first_only=True)
         found = best(with_keys=True)
-        if others is not None:
-            others[0][slab, column, cta], others[1][slab, column, cta] = found
-        else:
-            refs[0][...], refs[1][...] = found
         if apart:
+            assert others is not None
+            others[0][slab, column, cta], others[1][slab, column, cta] = found
             return
-        barrier = refs[-1]
-
-        def arrive():
+        if others is not None:
+            sent = [ref.at[slab, column] for ref in others]
+            for ref, vector in zip(sent, found, strict=True):
+                ref[pl.ds(cta * top_k, top_k)] = vector
+            meet(refs[0])
+        else:
+            own_smem, sent, mailbox = refs[:2], refs[2:4], refs[4]
+            for ref, vector in zip(own_smem, found, strict=True):
+                ref[...] = vector
             plgpu.commit_smem()
-            plgpu.barrier_arrive(barrier)
-
-        def of_cta(which, i):
-            ref = plgpu.cluster_ref(refs[which], {"cta": i}) if others is None else others[which].at[slab, column, i]
-            return load(ref, _LAYOUT.reduce(0))
-
-        arrive()
-        plgpu.barrier_wait(barrier)
+            cluster.all_expect()
+            for ref, to in zip(own_smem, sent, strict=True):
+                cluster.send_to_first(ref, to, mailbox)
 
         @when(cta == 0)
         def _():
-            for which, no in enumerate((keys.INVISIBLE, -1)):
-                parts = [of_cta(which, i) for i in range(ctas)]
-                if rest := in_cluster - ctas * top_k:
-                    parts.append(full((rest,), no, jnp.int32, _LAYOUT.reduce(0)))
-                found_smem[which].at[pl.ds(0, in_cluster)][...] = jnp.concatenate(parts)
-
-        # Nobody leaves before that has been read.
-        arrive()
-
-        @when(cta == 0)
-        def _():
-            found = _ranked(in_cluster, found_smem, places_smem, top_k, choice.with_keys)
+            if rest := in_cluster - ctas * top_k:
+                for ref, no in zip(sent, (keys.INVISIBLE, -1), strict=True):
+                    ref[pl.ds(ctas * top_k, rest)] = full((rest,), no, jnp.int32, _LAYOUT.reduce(0))
+                plgpu.commit_smem()
+            if not through_gmem:
+                cluster.wait(refs[-1])
+            found = _ranked(in_cluster, sent, places_smem, top_k, choice.with_keys)
             choice.write(out_gmem, slab, column, *found, blocks, share)
-
-        plgpu.barrier_wait(barrier)
 
     if apart:
         padded = round_up(ctas * top_k, _WARPS * _LANES) // top_k
@@ -357,10 +352,11 @@ def _choose_scores(scores, positions, share, *, choice: Choice, config: TuningCo
     scratch: list[Any] = [plgpu.SMEM((max(in_cta, in_cluster),), jnp.int32)] * 3
     if clustered:
         if through_gmem:
-            out += [jax.ShapeDtypeStruct((slabs, columns, ctas, top_k), jnp.int32)] * 2
+            out += [jax.ShapeDtypeStruct((slabs, columns, in_cluster), jnp.int32)] * 2
+            scratch.append(plgpu.ClusterBarrier(collective_axes=("cta",)))
         else:
-            scratch += [plgpu.SMEM((top_k,), jnp.int32)] * 2
-        scratch.append(plgpu.ClusterBarrier(collective_axes=("cta",)))
+            scratch += [plgpu.SMEM((size,), jnp.int32) for size in (top_k, top_k, in_cluster, in_cluster)]
+            scratch.append(cluster.MAILBOX)
         grid = {name: value[:2] for name, value in grid.items()} | {"cluster": (ctas,), "cluster_names": ("cta",)}
     return plgpu.kernel(
         choose_scores,

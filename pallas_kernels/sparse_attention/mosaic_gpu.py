@@ -50,7 +50,8 @@ def _decode(q, k, v, block_ids, block_table, seq_lens, *, scale, interpret=None)
     from pallas_kernels.sparse_attention import mosaic_gpu_decode as decoding
 
     units, top_k = q.shape[0] * k.shape[1], block_ids.shape[2]
-    config = tuned.config("attend_decode", decoding.TuningConfig.heuristic(units, top_k), units=units, top_k=top_k)
+    heuristic = decoding.TuningConfig.heuristic(units, top_k, q.shape[1] // k.shape[1])
+    config = tuned.config("attend_decode", heuristic, units=units, top_k=top_k)
     return decoding.attend_decode(
         q, k, v, block_ids, block_table, seq_lens, scale=scale, config=config, interpret=interpret
     )

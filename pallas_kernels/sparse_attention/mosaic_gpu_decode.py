@@ -2,10 +2,10 @@
 
 A CTA takes one (row, KV head) and a share of its blocks, and walks over their pages with an online softmax in
 base 2. The products are turned round, keys x queries and channels x queries, so that the query heads that share the
-KV head, 8 or 16, are the narrow side of a wgmma, of which the least is 8, instead of its 64 rows. Up to 8 shares of a
-row are a cluster, whose CTAs merge what they find in each other's shared memory. More than that are merged afterwards,
-a few by XLA, many by a second kernel: a partial result leaves as two numbers of the queries' dtype, the second what
-the first rounded away.
+KV head, 8 or 16, are the narrow side of a wgmma, of which the least is 8, instead of its 64 rows. The shares of a row
+are a cluster if they are few, 16 at most: each of its CTAs merges some of the queries, for which the others send it
+what they have. More than that are merged afterwards, a few by XLA, many by a second kernel: a partial result leaves as
+two numbers of the queries' dtype, the second what the first rounded away.
 """
 
 # jax does not export every name of Mosaic GPU.
@@ -22,6 +22,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import mosaic_cluster as cluster
 from pallas_kernels.hopper import DIM, MOST_CLUSTERED, NUM_SMS, PAGE_SIZE, round_up
 from pallas_kernels.mosaic import TILING, compiler_params, cond, full, load, meet, spread, when
 from pallas_kernels.sparse_attention import mosaic_gpu_decode_merge as merging
@@ -35,17 +36,29 @@ _ROWS = 64
 _TILE_ROWS = 8
 # 16 shares take XLA 2.9 us and the kernel 3.4 on an H200, 64 shares take XLA four launches.
 _FEW_SHARES = 32
-# On so many SMs clusters of 8 are sure to find room.
-_SMS_FOR_EIGHTS = 96
+# CTAs of a cluster at most, if two of them fit into an SM, so that 8 SMs do. And CTAs in clusters of so many.
+_MOST_CLUSTERED, _MOST_IN_SIXTEENS = 16, 64
+# So many leave each of them all the shared memory of an SM, and more bandwidth than it can take.
+_FEW_CTAS = 32
 # Of a row that has seen no key: finite, so that no difference of two maxima is NaN.
 _LOWEST = float(jnp.finfo(jnp.float32).min)
+
+
+def _height(group: int) -> int:
+    """Rows of the queries that share a KV head, in shared memory."""
+    return round_up(group, _TILE_ROWS)
+
+
+def _most_clustered(group: int) -> int:
+    """CTAs of a cluster at most: each has queries to merge."""
+    return min(_MOST_CLUSTERED, _height(group))
 
 
 @dataclass(frozen=True)
 class TuningConfig:
     """shares: CTAs that a row's blocks are split over. stages: of the ring of pages, 64 KiB each."""
 
-    CANDIDATES: ClassVar = {"shares": (1, 2, 4, 8), "stages": (1, 2)}
+    CANDIDATES: ClassVar = {"shares": (1, 2, 4, 8, 16), "stages": (1, 2)}
 
     shares: int
     stages: int
@@ -57,19 +70,20 @@ class TuningConfig:
             raise ValueError(f"stages={self.stages} must be 1, 2 or 3")
 
     @classmethod
-    def heuristic(cls, units: int, top_k: int) -> "TuningConfig":
+    def heuristic(cls, units: int, top_k: int, group: int) -> "TuningConfig":
         """For `units` pairs of a row and a KV head: no more than a CTA for each SM, where a cluster shares a unit.
 
-        On an H200, 64 units take 21 us in pairs of CTAs and 26 in fours, two of which have to share an SM; 16 units
-        take 10.4 us in fours and 14.6 in eights, not all of which run at once: a cluster keeps to one part of the chip.
-        A share of two blocks holds both at a time.
+        On an H200, 4 units take 4.9 us in clusters of 16 and 5.5 in eights, but 8 units 6.9 and 6.4, and 16 units 11.2
+        and 8.5: a cluster keeps to one part of the chip. 64 units take 20.5 us in pairs and 25.8 in fours, two of which
+        have to share an SM. Where CTAs are few, a share of two blocks holds both at a time: 5.5 us instead of 5.9.
         """
         shares = 1
-        while 2 * shares <= min(top_k, MOST_CLUSTERED):
-            if 2 * shares * units > (NUM_SMS if 2 * shares < MOST_CLUSTERED else _SMS_FOR_EIGHTS):
+        while 2 * shares <= min(top_k, _most_clustered(group)):
+            if 2 * shares * units > (NUM_SMS if 2 * shares <= MOST_CLUSTERED else _MOST_IN_SIXTEENS):
                 break
             shares *= 2
-        return cls(shares=shares, stages=2 if top_k == 2 * shares else 1)
+        both = top_k == 2 * shares and shares <= MOST_CLUSTERED and shares * units <= _FEW_CTAS
+        return cls(shares=shares, stages=2 if both else 1)
 
     @classmethod
     def for_all_blocks(cls, units: int, table_width: int) -> "TuningConfig":
@@ -91,78 +105,64 @@ def attend_decode(q, k, v, block_ids, block_table, seq_lens, *, scale: float, co
     """Attention [T, N, H] of q [T, N, H] to the pages of k and v [P, K, S, H] that block_ids [T, K, C] choose.
 
     None for block_ids means all blocks up to a row's own. With block_ids, C must be a multiple of config.shares
-    where it is not less.
+    where it is not less; there are no more shares than a cluster has queries to merge.
     """
     num_rows, num_heads, _ = q.shape
     num_pages, kv_heads, _, _ = k.shape
     num_sequences, table_width = block_table.shape
     num_queries = num_rows // num_sequences
     num_blocks = table_width if block_ids is None else block_ids.shape[2]
+    group = num_heads // kv_heads
+    height = _height(group)
     shares = min(config.shares, num_blocks)
+    if block_ids is not None:
+        shares = min(shares, _most_clustered(group))
     most = -(-num_blocks // shares)
     if block_ids is not None and num_blocks % shares:
         raise ValueError(f"shares={shares} must divide the {num_blocks} chosen blocks")
-    stages = min(config.stages, most)
+    # More CTAs than any GPU has room for in a cluster fit two to an SM.
+    stages = min(config.stages, most if shares <= MOST_CLUSTERED else 1)
     # Pages of a step: all that a share has, where there is room for them.
     together = most if most == stages else 1
     factor = scale * math.log2(math.e)
     dtype = q.dtype
-    group = num_heads // kv_heads
-    height = round_up(group, _TILE_ROWS)
     queries = q.reshape(num_rows, kv_heads, group, DIM)
     if height > group:
         queries = jnp.pad(queries, ((0, 0), (0, 0), (0, height - group), (0, 0)))
-    # The shares of a row are a cluster, and merge what they have, where there are so few.
-    clustered = 1 < shares <= MOST_CLUSTERED and height % shares == 0
+    # The shares of a row are a cluster, and merge what they have, where there are so few: of all blocks, CTAs are many.
+    clustered = 1 < shares <= (MOST_CLUSTERED if block_ids is None else _MOST_CLUSTERED) and height % shares == 0
     apart = shares > 1 and not clustered
-    # Queries that a CTA merges, and how many of them at a time.
+    # Queries that a CTA merges.
     each = height // shares
-    rows_at_a_time = min(each, 4)
-    steps = each // rows_at_a_time if clustered else 0
 
-    def merge(row, head, part, out_gmem, exchange_gmem, partial_smem, stats_smem, exchange_smem, cluster_barrier):
-        """Each CTA of a cluster merges its part of the queries.
-
-        A CTA takes from another one whole arrays, since jax 0.11 has no addresses within those of another. So array
-        (i, step) holds what the CTA i places behind the owner is to take in a step.
-        """
-
-        def behind(i):
-            return lax.rem(part + i, jnp.int32(shares))
-
-        def array(i, step, which, owner=None):
-            if exchange_gmem is not None:
-                return exchange_gmem.at[row, head, part if owner is None else owner, i, step, which]
-            ref = exchange_smem[(i * steps + step) * 3 + which]
-            return ref if owner is None else plgpu.cluster_ref(ref, {"share": owner})
-
-        places = [(i, step) for i in range(shares) for step in range(steps)]
-        first_queries = [behind(i) * each + step * rows_at_a_time for i, step in places]
-        # All that is read before anything is written, which the compiler takes for the same memory.
-        queries_of = [pl.ds(first, rows_at_a_time) for first in first_queries]
-        partials = [load(partial_smem.at[rows], _BY_CHANNEL) for rows in queries_of]
-        stats = [[load(stats_smem.at[which, rows], _BY_CHANNEL.reduce(1)) for which in range(2)] for rows in queries_of]
-        for place, partial, of_place in zip(places, partials, stats, strict=True):
-            array(*place, 0)[...] = partial
-            for which, stat in enumerate(of_place):
-                array(*place, 1 + which)[...] = spread(stat, partial.shape, 0, _BY_CHANNEL)
-        meet(cluster_barrier)
-        for step in range(steps):
-            # What the CTA i places behind has for this one, which stands shares - i places behind it.
-            partials, maxima, totals = (
-                [load(array((shares - i) % shares, step, which, behind(i)), _BY_CHANNEL) for i in range(shares)]
-                for which in range(3)
-            )
-            largest = functools.reduce(jnp.maximum, maxima)
-            weights = [jnp.exp2((maximum - largest) * factor) for maximum in maxima]
-            whole, acc = (
-                functools.reduce(jnp.add, [weight * value for weight, value in zip(weights, values, strict=True)])
-                for values in (totals, partials)
-            )
-            result = (acc * jnp.where(whole > 0, 1.0 / whole, 0.0)).astype(dtype)
-            out_gmem[row, head, pl.ds(part * each + step * rows_at_a_time, rows_at_a_time)] = result
-        # Nobody leaves before the others have taken what is theirs.
-        meet(cluster_barrier)
+    def merge(row, head, part, out_gmem, sent_gmem, partial_smem, stats_smem, sent_smem, barrier):
+        """Each CTA of a cluster merges its part of the queries, which all of them send to it."""
+        if sent_gmem is None:
+            sent = sent_smem
+            cluster.send_parts(partial_smem, stats_smem, sent[0], sent[1], barrier, shares)
+            cluster.wait(barrier)
+        else:
+            sent = [ref.at[row, head, part] for ref in sent_gmem]
+            here = pl.ds(part * each, each)
+            for to in range(shares):
+                queries = pl.ds(to * each, each)
+                sent_gmem[0][row, head, to, here] = load(partial_smem.at[queries], _BY_CHANNEL)
+                for which in range(2):
+                    stat = load(stats_smem.at[which, queries], _BY_CHANNEL.reduce(1))
+                    sent_gmem[1][row, head, to, which, here] = stat
+            meet(barrier)
+        partials = load(sent[0], _BY_CHANNEL)
+        stats = [load(sent[1].at[which], _BY_CHANNEL.reduce(1)) for which in range(2)]
+        stats = [spread(stat, partials.shape, 0, _BY_CHANNEL) for stat in stats]
+        partials, maxima, totals = ([x[i * each : (i + 1) * each] for i in range(shares)] for x in (partials, *stats))
+        largest = functools.reduce(jnp.maximum, maxima)
+        weights = [jnp.exp2((maximum - largest) * factor) for maximum in maxima]
+        whole, acc = (
+            functools.reduce(jnp.add, [weight * value for weight, value in zip(weights, values, strict=True)])
+            for values in (totals, partials)
+        )
+        result = (acc * jnp.where(whole > 0, 1.0 / whole, 0.0)).astype(dtype)
+        out_gmem[row, head, pl.ds(part * each, each)] = result
 
     def attend(
         q_gmem,
@@ -175,9 +175,11 @@ def attend_decode(q, k, v, block_ids, block_table, seq_lens, *, scale: float, co
         ids_gmem, rest = (None, rest) if block_ids is None else (rest[0], rest[1:])
         out_gmem, *rest = rest
         stats_gmem, rest = (rest[0], rest[1:]) if apart else (None, rest)
-        exchange_gmem, rest = (rest[0], rest[1:]) if clustered and interpret is not None else (None, rest)
+        sent_gmem, rest = (rest[:2], rest[2:]) if clustered and interpret is not None else (None, rest)
         q_smem, k_smem, v_smem, weights_smem, stats_smem, q_barrier, k_barrier, v_barrier, *rest = rest
         row, head, part = lax.axis_index("row"), lax.axis_index("head"), lax.axis_index("share")
+        if clustered and interpret is None:
+            cluster.expect(rest[-1], height * (DIM + 2))
         plgpu.copy_gmem_to_smem(q_gmem.at[row, head], q_smem, q_barrier)
         sequence = lax.div(row, jnp.int32(num_queries))
         position = lens_gmem[sequence] - num_queries + lax.rem(row, jnp.int32(num_queries))
@@ -305,18 +307,20 @@ def attend_decode(q, k, v, block_ids, block_table, seq_lens, *, scale: float, co
 
         nothing = full((PAGE_SIZE, height), 0.0, jnp.float32, _WGMMA)
         largest = full((height,), _LOWEST, jnp.float32, _WGMMA.reduce(0))
+        if clustered and interpret is None:
+            cluster.all_expect()
         plgpu.barrier_wait(q_barrier)
         steps_over = count if together == 1 else (count > 0).astype(jnp.int32)
         carry = (nothing, largest, nothing, *first_pages[stages:])
         acc, largest, total, *_pages = lax.fori_loop(0, steps_over, step, carry)
         total = total.sum(axis=0)
         if clustered:
-            partial_smem, cluster_barrier, *exchange_smem = rest
+            partial_smem, *sent_smem, barrier = rest
             partial_smem.T[...] = plgpu.layout_cast(acc, plgpu.Layout.WGMMA_TRANSPOSED)
             stats_smem[0] = largest
             stats_smem[1] = total
             plgpu.commit_smem()
-            merge(row, head, part, out_gmem, exchange_gmem, partial_smem, stats_smem, exchange_smem, cluster_barrier)
+            merge(row, head, part, out_gmem, sent_gmem, partial_smem, stats_smem, sent_smem, barrier)
             return
         inverse = jnp.where(total > 0, 1.0 / total, 0.0)
         acc = acc * over_keys(inverse)
@@ -359,14 +363,16 @@ def attend_decode(q, k, v, block_ids, block_table, seq_lens, *, scale: float, co
         plgpu.Barrier(num_barriers=stages),
         plgpu.Barrier(num_barriers=stages),
     ]
-    grid, names, cluster = (num_rows, kv_heads, shares), ("row", "head", "share"), {}
+    grid, names, clusters = (num_rows, kv_heads, shares), ("row", "head", "share"), {}
     if clustered:
-        grid, names, cluster = grid[:2], names[:2], {"cluster": (shares,), "cluster_names": ("share",)}
-        scratch += [plgpu.SMEM((height, DIM), jnp.float32), plgpu.ClusterBarrier(collective_axes=("share",))]
+        grid, names, clusters = grid[:2], names[:2], {"cluster": (shares,), "cluster_names": ("share",)}
+        sent = [(height, DIM), (2, height)]
+        scratch.append(plgpu.SMEM(sent[0], jnp.float32))
         if interpret is None:
-            scratch += [plgpu.SMEM((rows_at_a_time, DIM), jnp.float32)] * (3 * steps * shares)
+            scratch += [*(plgpu.SMEM(shape, jnp.float32) for shape in sent), cluster.MAILBOX]
         else:  # it knows clusters, but not the shared memory of others
-            out.append(jax.ShapeDtypeStruct((*partial, shares, steps, 3, rows_at_a_time, DIM), jnp.float32))
+            scratch.append(plgpu.ClusterBarrier(collective_axes=("share",)))
+            out += [jax.ShapeDtypeStruct((*partial, *shape), jnp.float32) for shape in sent]
     if block_ids is None:
         attend.__name__ = "attend_all"  # for profiles
     result, *stats = plgpu.kernel(
@@ -374,7 +380,7 @@ def attend_decode(q, k, v, block_ids, block_table, seq_lens, *, scale: float, co
         out_type=out,
         grid=grid,
         grid_names=names,
-        **cluster,
+        **clusters,
         scratch_types=scratch,
         # Without a barrier before and behind whatever is written.
         compiler_params=compiler_params(approx_math=True, unsafe_no_auto_barriers=True),

@@ -114,11 +114,11 @@ def choose_special_scores() -> None:
 
 
 def attention_decode() -> None:
-    """A row's blocks in one CTA, and in two that merge what they have."""
+    """A row's blocks in one CTA, and in several that merge what they have."""
     batch = make_batch(CASE, decode=True)
     block_ids = random_choice(batch)
     args = batch.attention_args(block_ids)
-    for config in (attending.TuningConfig(1, 2), attending.TuningConfig(2, 1)):
+    for config in (attending.TuningConfig(1, 2), attending.TuningConfig(2, 1), attending.TuningConfig(8, 1)):
         with tuned.choosing(lambda _kernel, _bucket, _heuristic, config=config: config):
             attend = functools.partial(attention._decode, scale=batch.scale, interpret=RACES)
             check_attention(batch, jax.jit(attend)(*args), block_ids)

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from pallas_kernels import hopper
 from pallas_kernels.index_topk import mosaic_gpu_choose, mosaic_gpu_choose_prefill
 from pallas_kernels.index_topk import mosaic_gpu_score_decode as score_decode
 from pallas_kernels.index_topk import mosaic_gpu_score_prefill as score_prefill
@@ -45,3 +46,18 @@ def test_a_choice_fits_its_table(chunk: int, table_width: int):
     ctas = -(-table_width // config.blocks)
     assert ctas == 1 or config.blocks >= 4 * chunk
     assert ctas <= 8 or table_width > 8192
+
+
+@pytest.mark.parametrize("group", [8, 16])
+@pytest.mark.parametrize("top_k", [4, 8, 16, 32])
+def test_shares_of_a_decode(top_k: int, group: int):
+    """Of few units many, as far as there are blocks and queries to share; of many none."""
+    heuristic = mosaic_gpu_decode.TuningConfig.heuristic
+    assert heuristic(1, top_k, group).shares == min(top_k, group, 16)
+    assert heuristic(4, top_k, group).shares == min(top_k, group, 16)
+    assert heuristic(8, top_k, group).shares == min(top_k, 8)
+    assert heuristic(64, top_k, group).shares == 2
+    assert heuristic(256, top_k, group).shares == 1
+    for units in range(1, 300):
+        config = heuristic(units, top_k, group)
+        assert config.shares == 1 or config.shares * units <= hopper.NUM_SMS
