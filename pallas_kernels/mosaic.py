@@ -58,6 +58,12 @@ def when(predicate: Any) -> Callable[[Callable[[], None]], None]:
     return lambda body: cond(predicate, body, lambda: None)
 
 
+def warp_when(predicate: Any) -> Callable[[Callable[[], None]], None]:
+    """`when` for the code of a single warp: a loop of one turn or none."""
+    turns = jnp.where(predicate, jnp.int32(1), jnp.int32(0))
+    return lambda body: lax.fori_loop(0, turns, lambda _, nothing: body(), None)
+
+
 def meet(cluster_barrier: Any) -> None:
     """Wait until all CTAs of the cluster are here, and what each has written to its shared memory is seen by all."""
     plgpu.commit_smem()

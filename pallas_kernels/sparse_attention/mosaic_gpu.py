@@ -99,7 +99,7 @@ def _prefill(
         planned = slice(first, min(first + _PLANNED * rows_at_a_time, num_rows))
         of_rows = (block_ids[planned], rows.sequence[planned], rows.position[planned])
         plan = planning.plan(*of_rows, block_table, items, window=window, rows_at_a_time=rows_at_a_time)
-        plan = plan._replace(units=plan.units + first * kv_heads)
+        plan = plan._replace(units=tuple(units + first * kv_heads for units in plan.units))
         parts = -(-(planned.stop - first) // rows_at_a_time)
         attend = functools.partial(
             attending.attend_prefill, parts=parts, pairs=pairs, scale=scale, config=config, interpret=interpret

@@ -26,7 +26,7 @@ _FEW = 2049
 class Plan(NamedTuple):
     """Tiles and runs of a call's pairs; pair (token * K + head) * C + slot.
 
-    units: i32[tiles * TILE_PAIRS], the token * K + head of each of a tile's pairs. limits: i32[tiles], the last key of
+    units: TILE_PAIRS times i32[tiles], the token * K + head of a pair of each tile. limits: i32[tiles], the last key of
     its block that each pair sees, LIMIT_BITS each, the first pair's lowest. tile_run: i32[tiles], a tile's run << 1 |
     whether any of its pairs does not see all of its block. A tile that is not full has pairs that are not its own.
     run_head, run_page, run_tail: i32[runs]; run_tail is the sequence that ends within the page, or -1. Tiles and runs
@@ -35,7 +35,7 @@ class Plan(NamedTuple):
     of one that takes no part.
     """
 
-    units: Int32[Array, " 4*tiles"]
+    units: tuple[Int32[Array, " tiles"], ...]
     limits: Int32[Array, " tiles"]
     tile_run: Int32[Array, " tiles"]
     run_head: Int32[Array, " runs"]
@@ -141,14 +141,15 @@ def plan(
     starts = _least_from(starts.set(number, mode="drop"))
     counts = starts[1:] - starts[:-1]
     tiles_of = divided(counts + (TILE_PAIRS - 1), TILE_PAIRS)
-    ends = _running_sum(tiles_of)
+    # Of both at once.
+    ends, runs_up_to = _running_sum(jnp.stack([tiles_of, (counts > 0).astype(jnp.int32)]))
     place = at((ends - tiles_of) * TILE_PAIRS - starts[:-1], of) + number
     pair = words >> LIMIT_BITS
     places = lax.empty((num_pairs,), jnp.int32)
     places = places.at[pair].set(jnp.where(takes_part, place, -1), unique_indices=True)
 
     keys = jnp.arange(num_keys, dtype=jnp.int32)
-    run_of_key = _running_sum((counts > 0).astype(jnp.int32)) - 1
+    run_of_key = runs_up_to - 1
     run = jnp.where(counts > 0, run_of_key, num_runs)
     key_of_run = lax.empty((num_runs,), jnp.int32).at[run].set(keys, mode="drop")
     # By every pair of a tile, with one value: a cumulative sum over the tiles is four kernels.
@@ -160,15 +161,15 @@ def plan(
     def words_from(start):
         return at(words, jnp.clip(start, 0, num_pairs - 1))
 
-    each = jnp.arange(max_tiles * TILE_PAIRS, dtype=jnp.int32)
-    limits = [words_from(start + i) & (PAGE_SIZE - 1) for i in range(TILE_PAIRS)]
+    # Arrays of one shape, which are one kernel.
+    of_pairs = [words_from(start + i) for i in range(TILE_PAIRS)]
+    limits = [word & (PAGE_SIZE - 1) for word in of_pairs]
     is_cut = functools.reduce(jnp.minimum, limits) < PAGE_SIZE - 1
     # Behind the last run there may be anything.
     key_of_run = jnp.clip(key_of_run, 0, num_keys - 1)
     item_of_run = lax.rem(key_of_run, jnp.int32(num_items))
-    first_of_tile = at(start, divided(each, TILE_PAIRS))
     return Plan(
-        units=lax.div(words_from(first_of_tile + (each & (TILE_PAIRS - 1))) >> LIMIT_BITS, jnp.int32(top_k)),
+        units=tuple(lax.div(word >> LIMIT_BITS, jnp.int32(top_k)) for word in of_pairs),
         limits=functools.reduce(jnp.bitwise_or, [limit << (i * LIMIT_BITS) for i, limit in enumerate(limits)]),
         tile_run=(run << 1) | is_cut,
         run_head=lax.rem(lax.div(key_of_run, jnp.int32(num_windows * num_items)), jnp.int32(kv_heads)),
@@ -206,9 +207,9 @@ def _least_from(values: Int32[Array, " n"]) -> Int32[Array, " n"]:
     return jnp.min(jnp.where(number >= number[:, None], values, jnp.iinfo(jnp.int32).max), axis=1)
 
 
-def _running_sum(values: Int32[Array, " n"]) -> Int32[Array, " n"]:
-    """By comparisons, in one reduction, where there are few; of many it is quicker in several steps."""
-    if values.shape[0] > _FEW:
-        return jnp.cumsum(values, dtype=jnp.int32)
-    number = jnp.arange(values.shape[0], dtype=jnp.int32)
-    return jnp.sum(jnp.where(number <= number[:, None], values, 0), axis=1, dtype=jnp.int32)
+def _running_sum(values: Int32[Array, "m n"]) -> Int32[Array, "m n"]:
+    """Along rows; by comparisons, in one reduction, where there are few; of many it is quicker in several steps."""
+    if values.shape[1] > _FEW:
+        return jnp.cumsum(values, axis=1, dtype=jnp.int32)
+    number = jnp.arange(values.shape[1], dtype=jnp.int32)
+    return jnp.sum(jnp.where(number <= number[:, None], values[:, None], 0), axis=2, dtype=jnp.int32)

@@ -26,7 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import DIM, GROUP, NUM_SMS, PAGE_SIZE
-from pallas_kernels.mosaic import TILING, compiler_params, cond, when
+from pallas_kernels.mosaic import FEW_ROWS, TILING, compiler_params, cond, full, warp_when, when
 from pallas_kernels.sparse_attention import mosaic_gpu_partials as packing
 from pallas_kernels.sparse_attention import mosaic_gpu_tile as tiles
 from pallas_kernels.sparse_attention.mosaic_gpu_plan import LIMIT_BITS, TILE_PAIRS, Plan, most_tiles
@@ -100,31 +100,33 @@ def attend_prefill(
         k_gmem,
         v_gmem,
         tails_gmem,
-        units_gmem,
-        limits_gmem,
-        tile_run_gmem,
-        run_head_gmem,
-        run_page_gmem,
-        run_tail_gmem,
-        ends_gmem,
-        part_gmem,
-        ones_gmem,
-        out_gmem,
-        queries_and_rows_smem,
-        k_smem,
-        v_smem,
-        q_barrier,
-        k_barrier,
-        v_barrier,
-        k_free,
-        v_free,
-        q_free,
-        ones_smem,
-        ones_barrier,
-        is_beyond_smem,
-        tried,
-        *weights_smem,
+        *refs,
     ):
+        units_gmem, refs = refs[:TILE_PAIRS], refs[TILE_PAIRS:]
+        (
+            limits_gmem,
+            tile_run_gmem,
+            run_head_gmem,
+            run_page_gmem,
+            run_tail_gmem,
+            ends_gmem,
+            part_gmem,
+            out_gmem,
+            queries_and_rows_smem,
+            k_smem,
+            v_smem,
+            q_barrier,
+            k_barrier,
+            v_barrier,
+            k_free,
+            v_free,
+            q_free,
+            ones_smem,
+            ones_barrier,
+            is_beyond_smem,
+            tried,
+            *weights_smem,
+        ) = refs
         q_smem, rows_smem = queries_and_rows_smem
         wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
         part = part_gmem[0]
@@ -135,20 +137,19 @@ def attend_prefill(
         rounds, rest = lax.div(num_tiles, round_size), lax.rem(num_tiles, round_size)
         share = lax.div(rest + (config.ctas - 1), jnp.int32(config.ctas))
 
-        def try_all(run, branch=lax.cond):
+        def try_all(run):
             """run(attempt, number of tiles), and again while anything was not within bounds."""
 
-            def step(attempt, count):
-                def attempted():
-                    run(attempt, count)
-                    plgpu.barrier_wait(tried)
-                    found = [is_beyond_smem[attempt, i] for i in range(_WARPGROUPS)]
-                    return jnp.where(functools.reduce(jnp.maximum, found) > 0, count, jnp.int32(0))
+            def step(state):
+                attempt, count = state
+                run(attempt, count)
+                plgpu.barrier_wait(tried)
+                found = [is_beyond_smem[attempt, i] for i in range(_WARPGROUPS)]
+                return attempt + 1, jnp.where(functools.reduce(jnp.maximum, found) > 0, count, jnp.int32(0))
 
-                # Nothing to do is nothing to wait for: a warp that is late would miss the barrier's second turn.
-                return branch(count > 0, attempted, lambda: jnp.int32(0))
-
-            lax.fori_loop(0, attempts, step, rounds * config.chunk + jnp.clip(rest - cta * share, 0, share))
+            # Nothing to do is nothing to wait for: a warp that is late would miss the barrier's second turn.
+            count = rounds * config.chunk + jnp.clip(rest - cta * share, 0, share)
+            lax.while_loop(lambda state: (state[1] > 0) & (state[0] < attempts), step, (jnp.int32(0), count))
 
         def chunks_of(count):
             return lax.div(count + (config.chunk - 1), jnp.int32(config.chunk))
@@ -175,7 +176,7 @@ def attend_prefill(
         def produce_queries(_, count):
             def units_of(i):
                 tile = tile_of(i)
-                return tuple(units_gmem[tile * TILE_PAIRS + r] for r in range(TILE_PAIRS))
+                return tuple(units[tile] for units in units_gmem)
 
             def step(i, units):
                 # It comes from memory.
@@ -184,7 +185,7 @@ def attend_prefill(
                 turn = lax.div(i, jnp.int32(_WARPGROUPS))
                 slot = consumer * _TILES + lax.rem(turn, jnp.int32(_TILES))
 
-                @pl.when(turn >= _TILES)
+                @warp_when(turn >= _TILES)
                 def _():
                     plgpu.barrier_wait(q_free.at[slot])
 
@@ -200,21 +201,23 @@ def attend_prefill(
                 head, page, tail = run_head_gmem[run], run_page_gmem[run], run_tail_gmem[run]
                 slot = lax.rem(number, jnp.int32(_PAGES))
 
-                @pl.when(number >= _PAGES)
+                @warp_when(number >= _PAGES)
                 def _():
                     plgpu.barrier_wait(k_free.at[slot])
 
                 plgpu.copy_gmem_to_smem(k_gmem.at[page, head], k_smem.at[slot], k_barrier.at[slot])
 
-                @pl.when(number >= _PAGES)
+                @warp_when(number >= _PAGES)
                 def _():
                     plgpu.barrier_wait(v_free.at[slot])
 
-                lax.cond(
-                    tail < 0,
-                    lambda: plgpu.copy_gmem_to_smem(v_gmem.at[page, head], v_smem.at[slot], v_barrier.at[slot]),
-                    lambda: plgpu.copy_gmem_to_smem(tails_gmem.at[tail, head], v_smem.at[slot], v_barrier.at[slot]),
-                )
+                @warp_when(tail < 0)
+                def _():
+                    plgpu.copy_gmem_to_smem(v_gmem.at[page, head], v_smem.at[slot], v_barrier.at[slot])
+
+                @warp_when(tail >= 0)
+                def _():
+                    plgpu.copy_gmem_to_smem(tails_gmem.at[tail, head], v_smem.at[slot], v_barrier.at[slot])
 
             def step(chunk, carry):
                 visits, (first_run, last_run) = carry
@@ -241,12 +244,8 @@ def attend_prefill(
             def _():
                 warp = lax.axis_index("warp")
 
-                @pl.when(warp == 0)
-                def _():
-                    plgpu.copy_gmem_to_smem(ones_gmem, ones_smem, ones_barrier)
-                    try_all(produce_pages)
-
-                pl.when(warp == 1)(functools.partial(try_all, produce_queries))
+                warp_when(warp == 0)(functools.partial(try_all, produce_pages))
+                warp_when(warp == 1)(functools.partial(try_all, produce_queries))
 
         @when(wg < _WARPGROUPS)
         def _consume():
@@ -363,8 +362,14 @@ def attend_prefill(
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(tried)
 
+            @when(wg == 0)
+            def _():
+                ones_smem[...] = full(tiles.ONES, 1, dtype, FEW_ROWS)
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(ones_barrier)
+
             plgpu.barrier_wait(ones_barrier)
-            try_all(consume, cond)
+            try_all(consume)
 
     page = plgpu.SMEM((_PAGES, PAGE_SIZE, DIM), dtype, transforms=TILING)
     queries_and_rows = tiles.queries_and_results(_WARPGROUPS * _TILES, dtype)
@@ -402,7 +407,7 @@ def attend_prefill(
         k,
         v,
         tails,
-        plan.units,
+        *plan.units,
         plan.limits,
         plan.tile_run,
         plan.run_head,
@@ -410,5 +415,4 @@ def attend_prefill(
         plan.run_tail,
         plan.ends,
         part,
-        jnp.ones(tiles.ONES, dtype),
     )

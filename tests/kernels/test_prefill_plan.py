@@ -42,7 +42,8 @@ def test_plan(sequences: int, width: int, num_pages: int, window: int, rows_at_a
     rows_of = (jnp.asarray(block_ids), jnp.asarray(sequence), jnp.asarray(position))
     found = plan(*rows_of, jnp.asarray(table), items, window=window, rows_at_a_time=rows_at_a_time)
 
-    units, limits, tile_run, places = (np.asarray(x) for x in (*found[:3], found.places))
+    limits, tile_run, places = (np.asarray(x) for x in (found.limits, found.tile_run, found.places))
+    units = np.stack(found.units, axis=1).reshape(-1)
     num_tiles = found.ends[-1]
     runs = np.stack([found.run_head, found.run_page, found.run_tail], axis=1)
     met, members, parts_of_tiles = [], [], []
