@@ -59,7 +59,7 @@ def when(predicate: Any) -> Callable[[Callable[[], None]], None]:
 
 
 def warp_when(predicate: Any) -> Callable[[Callable[[], None]], None]:
-    """`when` for the code of a single warp: a loop of one turn or none."""
+    """`when` for the code of a single warp, in which `cond` is not lowered: a loop of one turn or none."""
     turns = jnp.where(predicate, jnp.int32(1), jnp.int32(0))
     return lambda body: lax.fori_loop(0, turns, lambda _, nothing: body(), None)
 

@@ -234,7 +234,7 @@ def _ranked(count: int, found_smem, places_smem, places: int, with_keys: bool):
     key, rank = (read(ref, (count, count), 0, _PAIRS) for ref in found_smem)
     other_key, other_rank = (read(ref, (count, count), 1, _PAIRS) for ref in found_smem)
     better = jnp.logical_or(other_key > key, jnp.logical_and(other_key == key, other_rank > rank))
-    one, zero = (jnp.full_like(key, x) for x in (1, 0))
+    one, zero = (full((count, count), x, jnp.int32, _PAIRS) for x in (1, 0))
     places_smem.at[pl.ds(0, count)][...] = jnp.where(better, one, zero).sum(axis=1)
     plgpu.commit_smem()
     # Each warp looks for those at places of its own.
