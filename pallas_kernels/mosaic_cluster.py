@@ -18,6 +18,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, nvvm
 
 from pallas_kernels.hopper import DIM
+from pallas_kernels.mosaic_inline import c32, i32, ptx
 
 # A barrier that counts bytes; inline code cannot be given a plgpu.Barrier.
 MAILBOX = plgpu.SMEM((2,), jnp.int32)
@@ -33,14 +34,14 @@ def expect(mailbox: Any, words: int, *, first_only: bool = False) -> None:
     def emit(_ctx, *refs):
         [mailbox] = map(_address, refs)
         is_first = _is(_thread(), 0)
-        num_bytes = _c32(words * 4)
+        num_bytes = c32(words * 4)
         if first_only:
-            num_bytes = arith.select(_is(_cta(), 0), num_bytes, _c32(0))
+            num_bytes = arith.select(_is(_cta(), 0), num_bytes, c32(0))
         args = is_first, mailbox, num_bytes
-        _ptx("@$0 mbarrier.init.shared::cta.b64 [$1], 1;", "b,r", *args[:2])
-        _ptx("fence.mbarrier_init.release.cluster;", "")
-        _ptx("@$0 mbarrier.arrive.expect_tx.shared::cta.b64 _, [$1], $2;", "b,r,r", *args)
-        _ptx("barrier.cluster.arrive.relaxed.aligned;", "")
+        ptx([], args[:2], "@$0 mbarrier.init.shared::cta.b64 [$1], 1;", "b,r")
+        ptx([], [], "fence.mbarrier_init.release.cluster;", "")
+        ptx([], args, "@$0 mbarrier.arrive.expect_tx.shared::cta.b64 _, [$1], $2;", "b,r,r")
+        ptx([], [], "barrier.cluster.arrive.relaxed.aligned;", "")
 
     emit(mailbox)
 
@@ -50,7 +51,7 @@ def all_expect() -> None:
 
     @plgpu.inline_mgpu()
     def emit(*_ctx):
-        _ptx("barrier.cluster.wait.aligned;", "")
+        ptx([], [], "barrier.cluster.wait.aligned;", "")
 
     emit()
 
@@ -67,9 +68,9 @@ def send_parts(rows: Any, stats: Any, to_rows: Any, to_stats: Any, mailbox: Any,
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * 5)
     def emit(_ctx, *refs):
         rows, stats, to_rows, to_stats, mailbox = map(_address, refs)
-        warp, lane = (fn(_thread(), _c32(_LANES)) for fn in (arith.divui, arith.remui))
-        first = arith.muli(_cta(), _c32(each))
-        is_stat = arith.cmpi(arith.CmpIPredicate.ult, lane, _c32(2))
+        warp, lane = (fn(_thread(), c32(_LANES)) for fn in (arith.divui, arith.remui))
+        first = arith.muli(_cta(), c32(each))
+        is_stat = arith.cmpi(arith.CmpIPredicate.ult, lane, c32(2))
 
         def of_row(base, row):
             return _plus(base, row, DIM * 4, lane, 16)
@@ -79,8 +80,8 @@ def send_parts(rows: Any, stats: Any, to_rows: Any, to_stats: Any, mailbox: Any,
 
         for i in range(num_rows // _WARPS):
             # A CTA begins with its own part, so that no two send to one CTA at a time.
-            row = arith.remui(arith.addi(arith.addi(first, warp), _c32(i * _WARPS)), _c32(num_rows))
-            to_cta, within = (fn(row, _c32(each)) for fn in (arith.divui, arith.remui))
+            row = arith.remui(arith.addi(arith.addi(first, warp), c32(i * _WARPS)), c32(num_rows))
+            to_cta, within = (fn(row, c32(each)) for fn in (arith.divui, arith.remui))
             to_row = arith.addi(first, within)
             _send(of_row(rows, row), of_row(to_rows, to_row), to_cta, mailbox, _true(), words=4)
             _send(of_stat(stats, row), of_stat(to_stats, to_row), to_cta, mailbox, is_stat, words=1)
@@ -98,12 +99,12 @@ def send_to_first(array: Any, to: Any, mailbox: Any) -> None:
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * 3)
     def emit(_ctx, *refs):
         array, to, mailbox = map(_address, refs)
-        to = arith.addi(to, arith.muli(_cta(), _c32(vectors * 16)))
+        to = arith.addi(to, arith.muli(_cta(), c32(vectors * 16)))
         for first in range(0, vectors, _WARPS * _LANES):
-            vector = arith.addi(_thread(), _c32(first))
-            takes_part = arith.cmpi(arith.CmpIPredicate.ult, vector, _c32(vectors))
-            offset = arith.muli(vector, _c32(16))
-            _send(arith.addi(array, offset), arith.addi(to, offset), _c32(0), mailbox, takes_part, words=4)
+            vector = arith.addi(_thread(), c32(first))
+            takes_part = arith.cmpi(arith.CmpIPredicate.ult, vector, c32(vectors))
+            offset = arith.muli(vector, c32(16))
+            _send(arith.addi(array, offset), arith.addi(to, offset), c32(0), mailbox, takes_part, words=4)
 
     emit(array, to, mailbox)
 
@@ -112,18 +113,15 @@ def _send(array: Any, to: Any, to_cta: Any, mailbox: Any, takes_part: Any, *, wo
     """Of the threads that take part each sends some words."""
     names = ", ".join("abcd"[:words])
     several = f".v{words}" if words > 1 else ""
-    _ptx(
+    ptx(
+        [],
+        [array, to, to_cta, mailbox, takes_part],
         f"{{ .reg .b32 to, mailbox, {names};"
         " mapa.shared::cluster.u32 to, $1, $2;"
         " mapa.shared::cluster.u32 mailbox, $3, $2;"
         f" @$4 ld.shared{several}.b32 {{{names}}}, [$0];"
         f" @$4 st.async.shared::cluster.mbarrier::complete_tx::bytes{several}.b32 [to], {{{names}}}, [mailbox]; }}",
         "r,r,r,r,b",
-        array,
-        to,
-        to_cta,
-        mailbox,
-        takes_part,
     )
 
 
@@ -132,17 +130,13 @@ def wait(mailbox: Any) -> None:
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
     def emit(_ctx, *refs):
-        nvvm.mbarrier_try_wait_parity(utils.memref_ptr(*refs), _c32(0), _c32(_TICKS))
+        nvvm.mbarrier_try_wait_parity(utils.memref_ptr(*refs), c32(0), c32(_TICKS))
 
     emit(mailbox)
 
 
-def _ptx(ptx: str, constraints: str, *args: Any) -> None:
-    llvm.inline_asm(ir.Type.parse("!llvm.void"), list(args), ptx, constraints, has_side_effects=True)
-
-
 def _thread() -> Any:
-    return arith.index_cast(_i32(), gpu.thread_id(gpu.Dimension.x))
+    return arith.index_cast(i32(), gpu.thread_id(gpu.Dimension.x))
 
 
 def _cta() -> Any:
@@ -151,26 +145,18 @@ def _cta() -> Any:
 
 
 def _is(number: Any, value: int) -> Any:
-    return arith.cmpi(arith.CmpIPredicate.eq, number, _c32(value))
+    return arith.cmpi(arith.CmpIPredicate.eq, number, c32(value))
 
 
 def _address(ref: Any) -> Any:
     """Within shared memory."""
-    return llvm.ptrtoint(_i32(), utils.memref_ptr(ref))
+    return llvm.ptrtoint(i32(), utils.memref_ptr(ref))
 
 
 def _plus(base: Any, row: Any, row_bytes: int, lane: Any, lane_bytes: int) -> Any:
-    of_row, of_lane = arith.muli(row, _c32(row_bytes)), arith.muli(lane, _c32(lane_bytes))
+    of_row, of_lane = arith.muli(row, c32(row_bytes)), arith.muli(lane, c32(lane_bytes))
     return arith.addi(base, arith.addi(of_row, of_lane))
-
-
-def _i32() -> Any:
-    return ir.IntegerType.get_signless(32)
 
 
 def _true() -> Any:
     return arith.constant(ir.IntegerType.get_signless(1), 1)
-
-
-def _c32(value: int) -> Any:
-    return arith.constant(_i32(), value)

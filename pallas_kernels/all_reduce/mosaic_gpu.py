@@ -43,6 +43,9 @@ from pallas_kernels.all_reduce.workspace import (
 )
 from pallas_kernels.derivatives import with_derivative_of
 from pallas_kernels.dispatch import Implementation
+from pallas_kernels.mosaic_inline import c32 as _c32
+from pallas_kernels.mosaic_inline import i32 as _i32
+from pallas_kernels.mosaic_inline import ptx as _ptx
 
 DTYPES = ("bfloat16", "float16", "float32")
 _NAN = 0x7FFF7FFF
@@ -179,18 +182,6 @@ def _wait(address, offsets: Sequence[int]) -> list[list[Any]]:
     return [words[i : i + 4] for i in range(0, count, 4)]
 
 
-def _ptx(results: Sequence[Any], operands: Sequence[Any], text: str, constraints: str) -> list[Any]:
-    """Instructions that stay where they are: a side effect to the compiler."""
-    if len(results) > 1:
-        kind = llvm.StructType.get_literal(results)
-    else:
-        kind = results[0] if results else ir.Type.parse("!llvm.void")
-    out = llvm.inline_asm(kind, operands, text, constraints, has_side_effects=True)
-    if len(results) > 1:
-        return [llvm.extractvalue(one, out, [i]) for i, one in enumerate(results)]
-    return [out] if results else []
-
-
 def _address(ref):
     return llvm.ptrtoint(_i64(), mgpu.utils.memref_ptr(ref))
 
@@ -203,17 +194,8 @@ def _c64(value: int):
     return arith.constant(_i64(), value)
 
 
-def _c32(value: int):
-    # A word's bits: MLIR takes the signed number that has them.
-    return arith.constant(_i32(), ir.IntegerAttr.get(_i32(), value - (1 << 32) if value >= 1 << 31 else value))
-
-
 def _i64():
     return ir.IntegerType.get_signless(64)
-
-
-def _i32():
-    return ir.IntegerType.get_signless(32)
 
 
 all_reduce = Implementation(_supported, with_derivative_of(reference.all_reduce.run, _run))

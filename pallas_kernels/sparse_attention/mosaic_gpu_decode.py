@@ -68,6 +68,9 @@ class TuningConfig:
             raise ValueError(f"shares={self.shares} must be at least 1")
         if self.stages not in (1, 2, 3):
             raise ValueError(f"stages={self.stages} must be 1, 2 or 3")
+        # More CTAs than any GPU has room for in a cluster must fit two to an SM.
+        if self.shares > MOST_CLUSTERED and self.stages > 1:
+            raise ValueError(f"stages={self.stages} must be 1 with more than {MOST_CLUSTERED} shares")
 
     @classmethod
     def heuristic(cls, units: int, top_k: int, group: int) -> "TuningConfig":
@@ -120,8 +123,7 @@ def attend_decode(q, k, v, block_ids, block_table, seq_lens, *, scale: float, co
     most = -(-num_blocks // shares)
     if block_ids is not None and num_blocks % shares:
         raise ValueError(f"shares={shares} must divide the {num_blocks} chosen blocks")
-    # More CTAs than any GPU has room for in a cluster fit two to an SM.
-    stages = min(config.stages, most if shares <= MOST_CLUSTERED else 1)
+    stages = min(config.stages, most)
     # Pages of a step: all that a share has, where there is room for them.
     together = most if most == stages else 1
     factor = scale * math.log2(math.e)
