@@ -15,12 +15,13 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.hopper import PAGE_SIZE
 from pallas_kernels.rows import at, divided
+from pallas_kernels.sparse_attention import mosaic_gpu_numbering as numbering
 
 TILE_PAIRS = 4
 # For the last key of a block that is seen, 0 to 127.
 LIMIT_BITS = 7
-# Numbers of which each is compared with each.
-_FEW = 2049
+# For each pair, in a table of bits by which pairs are numbered; with more of them sorting is as quick.
+_MOST_WORDS = 4
 
 
 class Plan(NamedTuple):
@@ -28,7 +29,7 @@ class Plan(NamedTuple):
 
     units: TILE_PAIRS times i32[tiles], the token * K + head of a pair of each tile. limits: i32[tiles], the last key of
     its block that each pair sees, LIMIT_BITS each, the first pair's lowest. tile_run: i32[tiles], a tile's run << 1 |
-    whether any of its pairs does not see all of its block. A tile that is not full has pairs that are not its own.
+    whether any of its pairs does not see all of its block. A tile that is not full has its first pair once more.
     run_head, run_page, run_tail: i32[runs]; run_tail is the sequence that ends within the page, or -1. Tiles and runs
     behind the last mean nothing. ends: i32[parts * keys], how many tiles there are up to each key; the last one of a
     part's is where the tiles of the part end. places: i32[T * K * C], tile * TILE_PAIRS + number in it of each pair, -1
@@ -102,9 +103,10 @@ def plan(
     window: int,
     rows_at_a_time: int,
 ) -> Plan:
-    """Sort the pairs by (part, KV head, window of so many rows, item) and cut each such run into tiles.
+    """Put the pairs in the order of (part, KV head, window of so many rows, item) and cut each such run into tiles.
 
-    rows_at_a_time: of a part; a multiple of the window, if there are several. T * K * C is below 2**24.
+    block_ids: distinct for each row and head. rows_at_a_time: of a part; a multiple of the window, if there are
+    several. T * K * C is below 2**24.
     """
     num_rows, kv_heads, top_k = block_ids.shape
     parts = -(-num_rows // rows_at_a_time)
@@ -121,50 +123,41 @@ def plan(
     else:
         item = jnp.clip(block_table[sequence[:, None, None], block], 0, num_items - 1)
     head = jnp.arange(kv_heads, dtype=jnp.int32)[:, None]
-    row = jnp.arange(num_rows, dtype=jnp.int32)[:, None, None]
-    part, row = lax.div(row, jnp.int32(rows_at_a_time)), lax.rem(row, jnp.int32(rows_at_a_time))
-    row_window = lax.div(row, jnp.int32(window))
-    key = ((part * kv_heads + head) * num_windows + row_window) * num_items + item
+    # Unsigned, since XLA has a shift for such a quotient.
+    row = jnp.arange(num_rows, dtype=jnp.uint32)[:, None, None]
+    part, row = lax.div(row, jnp.uint32(rows_at_a_time)), lax.rem(row, jnp.uint32(rows_at_a_time))
+    row_window, row = lax.div(row, jnp.uint32(window)), lax.rem(row, jnp.uint32(window))
+    key = ((part.astype(jnp.int32) * kv_heads + head) * num_windows + row_window.astype(jnp.int32)) * num_items + item
     key = jnp.where(used, key, num_keys).reshape(-1)
-    limit = jnp.minimum(position[:, None, None] - block * PAGE_SIZE, PAGE_SIZE - 1)
-    limit = jnp.where(used, limit, PAGE_SIZE - 1).reshape(-1)
-    number = jnp.arange(num_pairs, dtype=jnp.int32)
-    words = (number << LIMIT_BITS) | limit
-
-    key, words = _sort(key, words, num_keys)
-    takes_part = key < num_keys
-    of = jnp.minimum(key, num_keys - 1)
-    # A scatter of where each key begins: searchsorted is a loop of kernels. A key that is not there begins where the
-    # next one does.
-    is_first = jnp.concatenate([jnp.ones((1,), bool), key[1:] != key[:-1]])
-    starts = jnp.full((num_keys + 1,), num_pairs, jnp.int32).at[jnp.where(is_first, key, num_keys + 1)]
-    starts = _least_from(starts.set(number, mode="drop"))
-    counts = starts[1:] - starts[:-1]
+    limit = jnp.minimum(position[:, None, None] - block * PAGE_SIZE, PAGE_SIZE - 1).reshape(-1)
+    row = jnp.broadcast_to(row.astype(jnp.int32), used.shape).reshape(-1)
+    used = used.reshape(-1)
+    # Two blocks of a row are two items, but may be one page.
+    if items.by_block and numbering.words_of_bits(num_keys, window) <= _MOST_WORDS * num_pairs:
+        counts, numbers_from = numbering.by_bits(key, row, used, num_keys=num_keys, num_rows=window)
+    else:
+        counts, numbers_from = numbering.by_sorting(key, num_keys=num_keys)
     tiles_of = divided(counts + (TILE_PAIRS - 1), TILE_PAIRS)
     # Of both at once.
-    ends, runs_up_to = _running_sum(jnp.stack([tiles_of, (counts > 0).astype(jnp.int32)]))
-    place = at((ends - tiles_of) * TILE_PAIRS - starts[:-1], of) + number
-    pair = words >> LIMIT_BITS
-    places = lax.empty((num_pairs,), jnp.int32)
-    places = places.at[pair].set(jnp.where(takes_part, place, -1), unique_indices=True)
+    ends, runs_up_to = numbering.running_sum(jnp.stack([tiles_of, (counts > 0).astype(jnp.int32)]))
+    places = jnp.where(used, numbers_from((ends - tiles_of) * TILE_PAIRS), -1)
+
+    number = jnp.arange(num_pairs, dtype=jnp.int32)
+    words = jnp.full((max_tiles * TILE_PAIRS,), -1, jnp.int32)
+    where = jnp.where(used, places, words.size + number)
+    words = words.at[where].set((number << LIMIT_BITS) | limit, mode="drop", unique_indices=True)
+    of_pairs = [words[i::TILE_PAIRS] for i in range(TILE_PAIRS)]
+    of_pairs = [jnp.where(word < 0, of_pairs[0], word) for word in of_pairs]
+    limits = [word & (PAGE_SIZE - 1) for word in of_pairs]
+    is_cut = functools.reduce(jnp.minimum, limits) < PAGE_SIZE - 1
 
     keys = jnp.arange(num_keys, dtype=jnp.int32)
     run_of_key = runs_up_to - 1
     run = jnp.where(counts > 0, run_of_key, num_runs)
     key_of_run = lax.empty((num_runs,), jnp.int32).at[run].set(keys, mode="drop")
-    # By every pair of a tile, with one value: a cumulative sum over the tiles is four kernels.
-    tile = jnp.where(takes_part, divided(place, TILE_PAIRS), max_tiles)
-    of_tile = jnp.stack([number - (place & (TILE_PAIRS - 1)), at(run_of_key, of)], axis=1)
-    tiles = lax.empty((max_tiles, 2), jnp.int32).at[tile].set(of_tile, mode="drop")
-    start, run = tiles.T
-
-    def words_from(start):
-        return at(words, jnp.clip(start, 0, num_pairs - 1))
-
-    # Arrays of one shape, which are one kernel.
-    of_pairs = [words_from(start + i) for i in range(TILE_PAIRS)]
-    limits = [word & (PAGE_SIZE - 1) for word in of_pairs]
-    is_cut = functools.reduce(jnp.minimum, limits) < PAGE_SIZE - 1
+    # Every tile that is needed has a first pair.
+    key_of_tile = at(key, jnp.maximum(of_pairs[0] >> LIMIT_BITS, 0))
+    run = at(run_of_key, jnp.minimum(key_of_tile, num_keys - 1))
     # Behind the last run there may be anything.
     key_of_run = jnp.clip(key_of_run, 0, num_keys - 1)
     item_of_run = lax.rem(key_of_run, jnp.int32(num_items))
@@ -187,29 +180,3 @@ def places_of(plan: Plan, part: int, *, parts: int, pairs: int) -> Int32[Array, 
     """
     places = plan.places[part * pairs : (part + 1) * pairs]
     return places - plan.ends[part * plan.ends.shape[0] // parts - 1] * TILE_PAIRS if part > 0 else places
-
-
-def _sort(
-    key: Int32[Array, " n"], words: Int32[Array, " n"], largest: int
-) -> tuple[Int32[Array, " n"], Int32[Array, " n"]]:
-    """Keys in ascending order, of equal ones the earlier ahead, and their words."""
-    # A radix sort on the GPU, of which half the bits are half the passes.
-    narrow = key.astype(jnp.uint16 if largest < 2**16 else jnp.uint32)
-    key, words = lax.sort((narrow, words), num_keys=1, is_stable=True)
-    return key.astype(jnp.int32), words
-
-
-def _least_from(values: Int32[Array, " n"]) -> Int32[Array, " n"]:
-    """Of each place the least value there or behind it; computed as `_running_sum` is."""
-    if values.shape[0] > _FEW:
-        return lax.cummin(values, reverse=True)
-    number = jnp.arange(values.shape[0], dtype=jnp.int32)
-    return jnp.min(jnp.where(number >= number[:, None], values, jnp.iinfo(jnp.int32).max), axis=1)
-
-
-def _running_sum(values: Int32[Array, "m n"]) -> Int32[Array, "m n"]:
-    """Along rows; by comparisons, in one reduction, where there are few; of many it is quicker in several steps."""
-    if values.shape[1] > _FEW:
-        return jnp.cumsum(values, axis=1, dtype=jnp.int32)
-    number = jnp.arange(values.shape[1], dtype=jnp.int32)
-    return jnp.sum(jnp.where(number <= number[:, None], values[:, None], 0), axis=2, dtype=jnp.int32)
