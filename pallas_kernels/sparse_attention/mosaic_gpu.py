@@ -18,7 +18,7 @@ from pallas_kernels.sparse_attention import reference
 
 # (token, KV head, slot) of which partial results are held at a time, 2.75 KiB each, or 4 of float16.
 _PAIRS = 2**19
-# Such parts that are planned at a time: sorted together they take far fewer kernels.
+# Such parts that are planned at a time: together they take far fewer kernels.
 _PLANNED = 4
 
 
@@ -84,7 +84,8 @@ def _prefill(
         q = q.reshape(num_rows, kv_heads, group, hopper.DIM)
         q = jnp.pad(q, ((0, 0), (0, 0), (0, hopper.GROUP - group), (0, 0)))
         q = q.reshape(num_rows, kv_heads * hopper.GROUP, hopper.DIM)
-    rows = prefill_rows(num_rows, cu_seqlens, seq_lens, context_lens)
+    # Or XLA finds whose they are once more for every pair.
+    rows = lax.optimization_barrier(prefill_rows(num_rows, cu_seqlens, seq_lens, context_lens))
     items, tails = planning.items_of(v, block_table, seq_lens)
     rows_at_a_time = pairs // (kv_heads * top_k)
     if config is None:
