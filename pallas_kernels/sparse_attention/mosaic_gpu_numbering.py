@@ -1,8 +1,8 @@
 """How many pairs have each key, and the number of each pair among those of its key, in two ways.
 
 By sorting, whatever the keys are. By bits, where no two pairs of a row have the same key: each key has a bit for each
-row, and the number of a pair is that of the bits ahead of its own. That is 4 to 8 kernels less on a GPU and half the
-time, but for a table of bits that grows with the number of keys.
+row, and the number of a pair is that of the bits ahead of its own. That takes a GPU half the time, in fewer kernels,
+but for a table of bits that grows with the number of keys.
 """
 
 from collections.abc import Callable

@@ -132,7 +132,7 @@ def plan(
     limit = jnp.minimum(position[:, None, None] - block * PAGE_SIZE, PAGE_SIZE - 1).reshape(-1)
     row = jnp.broadcast_to(row.astype(jnp.int32), used.shape).reshape(-1)
     used = used.reshape(-1)
-    # Two blocks of a row are two items, but may be one page.
+    # By pages a row may have a key twice, since two of its blocks may be one page.
     if items.by_block and numbering.words_of_bits(num_keys, window) <= _MOST_WORDS * num_pairs:
         counts, numbers_from = numbering.by_bits(key, row, used, num_keys=num_keys, num_rows=window)
     else:
