@@ -43,9 +43,7 @@ from pallas_kernels.all_reduce.workspace import (
 )
 from pallas_kernels.derivatives import with_derivative_of
 from pallas_kernels.dispatch import Implementation
-from pallas_kernels.mosaic_inline import c32 as _c32
-from pallas_kernels.mosaic_inline import i32 as _i32
-from pallas_kernels.mosaic_inline import ptx as _ptx
+from pallas_kernels.mosaic_inline import c32, i32, ptx
 
 DTYPES = ("bfloat16", "float16", "float32")
 _NAN = 0x7FFF7FFF
@@ -104,12 +102,12 @@ def _emit(x, table, out, *, devices: int, dtype: str, blocks: int) -> None:
     x, out = arith.addi(x, first), arith.addi(out, first)
     sent = [_never_empty(_load(_plus(x, block * BLOCK_BYTES))) for block in range(blocks)]
     me, own, *others = (
-        _ptx([_i64()], [table], f"ld.global.b64 $0, [$1+{8 * i}];", "=l,l")[0] for i in range(devices + 1)
+        ptx([_i64()], [table], f"ld.global.b64 $0, [$1+{8 * i}];", "=l,l")[0] for i in range(devices + 1)
     )
 
     counter = arith.addi(own, arith.muli(arith.addi(arith.muli(cta, _c64(THREADS)), thread), _c64(4)))
-    [calls] = _ptx([_i32()], [counter], "ld.global.b32 $0, [$1];", "=r,l")
-    half = arith.extui(_i64(), arith.andi(calls, _c32(1)))
+    [calls] = ptx([i32()], [counter], "ld.global.b32 $0, [$1];", "=r,l")
+    half = arith.extui(_i64(), arith.andi(calls, c32(1)))
     places = arith.muli(arith.addi(arith.muli(half, _c64(MAX_CTAS)), cta), _c64(place_bytes(devices)))
     places = _plus(arith.addi(places, lane), COUNTER_BYTES)
     mine = arith.addi(places, arith.muli(me, _c64(BLOCKS * BLOCK_BYTES)))
@@ -123,13 +121,13 @@ def _emit(x, table, out, *, devices: int, dtype: str, blocks: int) -> None:
         offsets = [(device * BLOCKS + block) * BLOCK_BYTES for device in range(devices)]
         found = _wait(here, offsets)
         for offset in offsets:
-            _store(_plus(here, offset), [_c32(EMPTY)] * 4, _SYSTEM)
+            _store(_plus(here, offset), [c32(EMPTY)] * 4, _SYSTEM)
         _store(_plus(out, block * BLOCK_BYTES), _add(found, dtype))
-    _ptx([], [counter, arith.addi(calls, _c32(1))], "st.global.b32 [$0], $1;", "l,r")
+    ptx([], [counter, arith.addi(calls, c32(1))], "st.global.b32 [$0], $1;", "l,r")
 
 
 def _never_empty(words: Sequence[Any]) -> list[Any]:
-    empty, nan = _c32(EMPTY), _c32(_NAN)
+    empty, nan = c32(EMPTY), c32(_NAN)
     return [arith.select(arith.cmpi(arith.CmpIPredicate.eq, word, empty), nan, word) for word in words]
 
 
@@ -137,10 +135,10 @@ def _add(vectors: Sequence[Sequence[Any]], dtype: str) -> list[Any]:
     first, *rest = (_widen(words, dtype) for words in vectors)
     sums = functools.reduce(lambda a, b: [arith.addf(*pair) for pair in zip(a, b, strict=True)], rest, first)
     if dtype == "float32":
-        return [arith.bitcast(_i32(), value) for value in sums]
+        return [arith.bitcast(i32(), value) for value in sums]
     narrow = f"cvt.rn.{'bf16x2' if dtype == 'bfloat16' else 'f16x2'}.f32 $0, $1, $2;"
     pairs = zip(sums[::2], sums[1::2], strict=True)
-    return [_ptx([_i32()], [high, low], narrow, "=r,f,f")[0] for low, high in pairs]
+    return [ptx([i32()], [high, low], narrow, "=r,f,f")[0] for low, high in pairs]
 
 
 def _widen(words: Sequence[Any], dtype: str) -> list[Any]:
@@ -148,10 +146,10 @@ def _widen(words: Sequence[Any], dtype: str) -> list[Any]:
     if dtype == "float32":
         return [arith.bitcast(f32, word) for word in words]
     if dtype == "bfloat16":
-        parts = ((arith.shli(word, _c32(16)), arith.andi(word, _c32(0xFFFF0000))) for word in words)
+        parts = ((arith.shli(word, c32(16)), arith.andi(word, c32(0xFFFF0000))) for word in words)
         return [arith.bitcast(f32, part) for pair in parts for part in pair]
     halves = "{ .reg .b16 a, b; mov.b32 {a, b}, $2; cvt.f32.f16 $0, a; cvt.f32.f16 $1, b; }"
-    return [value for word in words for value in _ptx([f32, f32], [word], halves, "=f,=f,r")]
+    return [value for word in words for value in ptx([f32, f32], [word], halves, "=f,=f,r")]
 
 
 # --- Instructions
@@ -161,11 +159,11 @@ _SYSTEM = ".relaxed.sys"
 
 
 def _load(address) -> list[Any]:
-    return _ptx([_i32()] * 4, [address], "ld.global.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l")
+    return ptx([i32()] * 4, [address], "ld.global.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l")
 
 
 def _store(address, words: Sequence[Any], order: str = "") -> None:
-    _ptx([], [address, *words], f"st{order}.global.v4.b32 [$0], {{$1, $2, $3, $4}};", "l,r,r,r,r")
+    ptx([], [address, *words], f"st{order}.global.v4.b32 [$0], {{$1, $2, $3, $4}};", "l,r,r,r,r")
 
 
 def _wait(address, offsets: Sequence[int]) -> list[list[Any]]:
@@ -178,7 +176,7 @@ def _wait(address, offsets: Sequence[int]) -> list[list[Any]]:
     lines.append(f"setp.eq.u32 p, $0, {EMPTY:#x};")
     lines += [f"setp.eq.or.u32 p, ${i}, {EMPTY:#x}, p;" for i in range(1, count)]
     lines += ["@p bra AGAIN;", "}"]
-    words = _ptx([_i32()] * count, [address], "\n".join(lines), "=&r," * count + "l")
+    words = ptx([i32()] * count, [address], "\n".join(lines), "=&r," * count + "l")
     return [words[i : i + 4] for i in range(0, count, 4)]
 
 

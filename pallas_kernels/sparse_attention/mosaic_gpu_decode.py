@@ -37,7 +37,7 @@ _TILE_ROWS = 8
 # 16 shares take XLA 2.9 us and the kernel 3.4 on an H200, 64 shares take XLA four launches.
 _FEW_SHARES = 32
 # CTAs of a cluster at most, if two of them fit into an SM, so that 8 SMs do. And CTAs in clusters of so many.
-_MOST_CLUSTERED, _MOST_IN_SIXTEENS = 16, 64
+_LARGEST_CLUSTER, _MOST_IN_SIXTEENS = 16, 64
 # So many leave each of them all the shared memory of an SM, and more bandwidth than it can take.
 _FEW_CTAS = 32
 # Of a row that has seen no key: finite, so that no difference of two maxima is NaN.
@@ -51,7 +51,7 @@ def _height(group: int) -> int:
 
 def _most_clustered(group: int) -> int:
     """CTAs of a cluster at most: each has queries to merge."""
-    return min(_MOST_CLUSTERED, _height(group))
+    return min(_LARGEST_CLUSTER, _height(group))
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def attend_decode(q, k, v, block_ids, block_table, seq_lens, *, scale: float, co
     if height > group:
         queries = jnp.pad(queries, ((0, 0), (0, 0), (0, height - group), (0, 0)))
     # The shares of a row are a cluster, and merge what they have, where there are so few: of all blocks, CTAs are many.
-    clustered = 1 < shares <= (MOST_CLUSTERED if block_ids is None else _MOST_CLUSTERED) and height % shares == 0
+    clustered = 1 < shares <= (MOST_CLUSTERED if block_ids is None else _LARGEST_CLUSTER) and height % shares == 0
     apart = shares > 1 and not clustered
     # Queries that a CTA merges.
     each = height // shares

@@ -44,6 +44,7 @@ def by_bits(
 ) -> Numbering:
     """Pairs of keys less than num_keys and rows less than num_rows, where no two have both alike."""
     num_words = words_of_bits(num_keys, num_rows)
+    # takes_part, though the keys could say it: so XLA needs no kernel to write the places down.
     # Keys innermost: those of one row are near to each other, and neighbouring rows' bits are not written at the same
     # time to the same place of memory, which takes three times as long.
     word = jnp.where(takes_part, divided(row, _BITS) * num_keys + key, num_words)

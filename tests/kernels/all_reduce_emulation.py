@@ -57,8 +57,8 @@ def emulate(monkeypatch: pytest.MonkeyPatch) -> None:
         block_id=lambda _: _HERE.cta, thread_id=lambda _: _HERE.thread, Dimension=types.SimpleNamespace(x=None)
     )
     f32 = types.SimpleNamespace(F32Type=types.SimpleNamespace(get=lambda: "f32"))
-    replaced = {"arith": arith, "gpu": gpu, "ir": f32, "_ptx": _ptx, "_wait": _wait}
-    replaced |= dict.fromkeys(("_i32", "_i64"), lambda: "int") | dict.fromkeys(("_c32", "_c64"), lambda value: value)
+    replaced = {"arith": arith, "gpu": gpu, "ir": f32, "ptx": _ptx, "_wait": _wait}
+    replaced |= dict.fromkeys(("i32", "_i64"), lambda: "int") | dict.fromkeys(("c32", "_c64"), lambda value: value)
     for name, value in replaced.items():
         monkeypatch.setattr(mosaic_gpu, name, value)
 

@@ -17,7 +17,7 @@ WAYS = ("by bits", "by sorting")
         pytest.param(1, 1, id="one"),
         pytest.param(31, 5, id="less than a word"),
         pytest.param(257, 40, id="two groups of words"),
-        # More keys, and groups of words, than are compared with each other at once.
+        # More keys than are compared with each other at once.
         pytest.param(1000, 2100, id="2,048 keys and more"),
         pytest.param(40, 70_000, id="65,536 keys and more"),
     ],
