@@ -29,19 +29,17 @@ class Plan(NamedTuple):
 
     units: TILE_PAIRS times i32[tiles], the token * K + head of a pair of each tile. limits: i32[tiles], the last key of
     its block that each pair sees, LIMIT_BITS each, the first pair's lowest. tile_run: i32[tiles], a tile's run << 1 |
-    whether any of its pairs does not see all of its block. A tile that is not full has its first pair once more.
-    run_head, run_page, run_tail: i32[runs]; run_tail is the sequence that ends within the page, or -1. Tiles and runs
-    behind the last mean nothing. ends: i32[parts * keys], how many tiles there are up to each key; the last one of a
-    part's is where the tiles of the part end. places: i32[T * K * C], tile * TILE_PAIRS + number in it of each pair, -1
-    of one that takes no part.
+    whether any of its pairs does not see all of its block. A tile that is not full has its first pair once more. runs:
+    i32[runs, 3], head, page, and the sequence that ends within the page, or -1. Tiles and runs behind the last may be
+    anything. ends: i32[parts * keys], how many tiles there are up to each key; the last one of a part's is where the
+    tiles of the part end. places: i32[T * K * C], tile * TILE_PAIRS + number in it of each pair, -1 of one that takes
+    no part.
     """
 
     units: tuple[Int32[Array, " tiles"], ...]
     limits: Int32[Array, " tiles"]
     tile_run: Int32[Array, " tiles"]
-    run_head: Int32[Array, " runs"]
-    run_page: Int32[Array, " runs"]
-    run_tail: Int32[Array, " runs"]
+    runs: Int32[Array, "runs 3"]
     ends: Int32[Array, " parts*keys"]
     places: Int32[Array, " pairs"]
 
@@ -143,31 +141,30 @@ def plan(
     places = jnp.where(used, numbers_from((ends - tiles_of) * TILE_PAIRS), -1)
 
     number = jnp.arange(num_pairs, dtype=jnp.int32)
-    words = jnp.full((max_tiles * TILE_PAIRS,), -1, jnp.int32)
-    where = jnp.where(used, places, words.size + number)
+    where = jnp.where(used, places, max_tiles * TILE_PAIRS + number)
+    words = lax.empty((max_tiles * TILE_PAIRS,), jnp.int32)
     words = words.at[where].set((number << LIMIT_BITS) | limit, mode="drop", unique_indices=True)
     of_pairs = [words[i::TILE_PAIRS] for i in range(TILE_PAIRS)]
-    of_pairs = [jnp.where(word < 0, of_pairs[0], word) for word in of_pairs]
+    # Every tile that is needed has a first pair, and only the last one of a run may have no others.
+    key_of_tile = at(key, jnp.clip(of_pairs[0] >> LIMIT_BITS, 0, num_pairs - 1))
+    key_of_tile = jnp.minimum(key_of_tile, num_keys - 1)
+    is_last = jnp.arange(max_tiles, dtype=jnp.int32) == at(ends, key_of_tile) - 1
+    in_last = at(counts - (tiles_of - 1) * TILE_PAIRS, key_of_tile)
+    of_pairs = [jnp.where(is_last & (in_last <= i), of_pairs[0], word) for i, word in enumerate(of_pairs)]
     limits = [word & (PAGE_SIZE - 1) for word in of_pairs]
     is_cut = functools.reduce(jnp.minimum, limits) < PAGE_SIZE - 1
 
     keys = jnp.arange(num_keys, dtype=jnp.int32)
+    item = lax.rem(keys, jnp.int32(num_items))
+    head = lax.rem(lax.div(keys, jnp.int32(num_windows * num_items)), jnp.int32(kv_heads))
+    of_keys = jnp.stack([head, at(items.page, item), at(items.tail, item)], axis=1)
     run_of_key = runs_up_to - 1
     run = jnp.where(counts > 0, run_of_key, num_runs)
-    key_of_run = lax.empty((num_runs,), jnp.int32).at[run].set(keys, mode="drop")
-    # Every tile that is needed has a first pair.
-    key_of_tile = at(key, jnp.maximum(of_pairs[0] >> LIMIT_BITS, 0))
-    run = at(run_of_key, jnp.minimum(key_of_tile, num_keys - 1))
-    # Behind the last run there may be anything.
-    key_of_run = jnp.clip(key_of_run, 0, num_keys - 1)
-    item_of_run = lax.rem(key_of_run, jnp.int32(num_items))
     return Plan(
         units=tuple(lax.div(word >> LIMIT_BITS, jnp.int32(top_k)) for word in of_pairs),
         limits=functools.reduce(jnp.bitwise_or, [limit << (i * LIMIT_BITS) for i, limit in enumerate(limits)]),
-        tile_run=(run << 1) | is_cut,
-        run_head=lax.rem(lax.div(key_of_run, jnp.int32(num_windows * num_items)), jnp.int32(kv_heads)),
-        run_page=at(items.page, item_of_run),
-        run_tail=at(items.tail, item_of_run),
+        tile_run=(at(run_of_key, key_of_tile) << 1) | is_cut,
+        runs=lax.empty((num_runs, 3), jnp.int32).at[run].set(of_keys, mode="drop"),
         ends=ends,
         places=places,
     )

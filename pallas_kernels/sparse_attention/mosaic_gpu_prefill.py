@@ -103,9 +103,7 @@ def attend_prefill(
         units_gmem,
         limits_gmem,
         tile_run_gmem,
-        run_head_gmem,
-        run_page_gmem,
-        run_tail_gmem,
+        runs_gmem,
         ends_gmem,
         part_gmem,
         out_gmem,
@@ -195,7 +193,7 @@ def attend_prefill(
 
         def produce_pages(_, count):
             def visit(number, run):
-                head, page, tail = run_head_gmem[run], run_page_gmem[run], run_tail_gmem[run]
+                head, page, tail = (runs_gmem[run, i] for i in range(3))
                 slot = lax.rem(number, jnp.int32(_PAGES))
 
                 @warp_when(number >= _PAGES)
@@ -407,9 +405,7 @@ def attend_prefill(
         plan.units,
         plan.limits,
         plan.tile_run,
-        plan.run_head,
-        plan.run_page,
-        plan.run_tail,
+        plan.runs,
         plan.ends,
         part,
     )
