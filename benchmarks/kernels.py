@@ -394,10 +394,10 @@ def time_graph(call: Callable[[], Any]) -> float:
     return statistics.median(repeats)
 
 
-def compile_times() -> list[dict[str, Any]]:
+def compile_times(beside: bool) -> list[dict[str, Any]]:
     """Seconds that tracing, lowering and compiling the operations for each bucket of shapes in COMPILED take.
 
-    Not among them is the import of modules.
+    beside: in threads beside one another, instead of one after the other. Not among them is the import of modules.
     """
     import jax
     import jax.numpy as jnp
@@ -406,21 +406,30 @@ def compile_times() -> list[dict[str, Any]]:
     for operation in ("index_topk", "sparse_attention"):  # which import their kernels when they are first called
         for module in Path(importlib.import_module(f"pallas_kernels.{operation}").__path__[0]).glob("mosaic_gpu_*.py"):
             importlib.import_module(f"pallas_kernels.{operation}.{module.stem}")
+
+    def seconds(call: tuple[Any, tuple[Any, ...]]) -> float:
+        operation, args = call
+        started = time.perf_counter()
+        jax.jit(operation).lower(*args).compile()
+        return time.perf_counter() - started
+
     buckets = []
     for cases in COMPILED:
-        seconds = {}
+        calls = []
         for case in cases:
             a = shapes(case)
-            arguments = (
-                (a["index_q"], a["index_k"], a["tables"][0], *a["lengths"]),
-                (a["q"], a["k"], a["v"], a["ids"], a["tables"][0], *a["lengths"]),
-            )
-            for operation, args in zip(operations(case), arguments, strict=True):
-                started = time.perf_counter()
-                jax.jit(operation).lower(*args).compile()
-                seconds[operation.func.__name__] = time.perf_counter() - started
-        names = [case.name for case in cases]
-        buckets.append({"cases": names, "seconds": seconds, "total": sum(seconds.values())})
+            choice = (a["index_q"], a["index_k"], a["tables"][0], *a["lengths"])
+            attention = (a["q"], a["k"], a["v"], a["ids"], a["tables"][0], *a["lengths"])
+            calls += zip(operations(case), (choice, attention), strict=True)
+        # The longest first: prefill's.
+        calls.reverse()
+        started = time.perf_counter()
+        with ThreadPoolExecutor(len(calls) if beside else 1) as pool:
+            of_each = list(pool.map(seconds, calls))
+        total = time.perf_counter() - started
+        names = [operation.func.__name__ for operation, _ in calls]
+        of_calls = dict(zip(names, of_each, strict=True))
+        buckets.append({"cases": [case.name for case in cases], "seconds": of_calls, "total": total})
     return buckets
 
 
@@ -485,13 +494,13 @@ def main() -> None:
     parser.add_argument("--cases", nargs="*", default=[""], help="parts of the names of the cases to run")
     parser.add_argument("--implementation", choices=(MOSAIC_GPU, "triton"), default=MOSAIC_GPU)
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--only", choices=("vllm", "compile"), help=argparse.SUPPRESS)
+    parser.add_argument("--only", choices=("vllm", "compile", "compile-beside"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     # Before jax starts, which else takes most of the memory.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     cases = [case for case in CASES if any(part in case.name for part in args.cases)]
-    if args.only == "compile":
-        args.output.write_text(json.dumps(compile_times()))
+    if args.only in ("compile", "compile-beside"):
+        args.output.write_text(json.dumps(compile_times(beside=args.only == "compile-beside")))
         return
     if args.only == "vllm":
         args.output.write_text(json.dumps(vllm(cases, VllmOps(args.vllm))))
@@ -502,11 +511,13 @@ def main() -> None:
         print(f"{time.perf_counter() - started:4.0f} s: {text}", flush=True)
 
     is_mosaic_gpu = args.implementation == MOSAIC_GPU
-    # One after the other, each on an idle host.
-    runs = [Part("--only", "compile").result() for _ in range(COMPILE_RUNS if is_mosaic_gpu else 0)]
-    buckets = compile_medians([run for run in runs if run])
-    for bucket in buckets:
-        say(f"{' and '.join(bucket['cases'])} compiled in {bucket['total']:.1f} s of {bucket['totals']}")
+    compiles = {}
+    for way in ("compile", "compile-beside"):
+        # One after the other, each on an idle host.
+        runs = [Part("--only", way).result() for _ in range(COMPILE_RUNS if is_mosaic_gpu else 0)]
+        compiles[way] = compile_medians([run for run in runs if run])
+        for bucket in compiles[way]:
+            say(f"{way} {' and '.join(bucket['cases'])}: {bucket['total']:.1f} s of {bucket['totals']}")
     # Two frameworks do not share a GPU's memory well, but both compile for a minute before anything is timed.
     names = [case.name for case in cases]
     peer = Part("--only", "vllm", "--vllm", str(args.vllm), "--cases", *names) if args.vllm else None
@@ -535,7 +546,7 @@ def main() -> None:
                 flush=True,
             )
         if args.output:
-            record = {"environment": environment(), "compile": buckets, "results": results}
+            record = {"environment": environment(), **compiles, "results": results}
             args.output.parent.mkdir(parents=True, exist_ok=True)
             args.output.write_text(json.dumps(record, indent=1) + "\n")
     say("done")

@@ -87,16 +87,21 @@ def kernels_table(record: dict[str, Any]) -> str:
         f"the floor. vLLM's time over ours: {', '.join(ranges)}. Of {len(met)} goals {sum(met)} are met.",
     ]
     if record.get("compile"):
-        compiled = [f"{bucket['total']:.1f}" for bucket in record["compile"]]
-        totals = [total for bucket in record["compile"] for total in bucket["totals"]]
         lines += [
             "",
             "Tracing, lowering and compiling all four operations for a new bucket of shapes took "
-            f"{' s in a new process and '.join(compiled)} s for another bucket (goal {MOST_COMPILE_S:.0f} s), the "
-            f"medians of {len(record['compile'][0]['totals'])} processes, which took {min(totals):.1f} to "
-            f"{max(totals):.1f} s; other lengths in a bucket compile nothing.",
+            f"{_compiled_in(record['compile'])}, one after the other (goal {MOST_COMPILE_S:.0f} s); side by side, in "
+            "threads, "
+            f"{_compiled_in(record['compile-beside'])}. Other lengths in a bucket compile nothing.",
         ]
     return "\n".join(lines)
+
+
+def _compiled_in(buckets: list[dict[str, Any]]) -> str:
+    medians = " s in a new process and ".join(f"{bucket['total']:.1f}" for bucket in buckets)
+    totals = [total for bucket in buckets for total in bucket["totals"]]
+    of_processes = f"medians of {len(buckets[0]['totals'])} processes, {min(totals):.1f} to {max(totals):.1f} s"
+    return f"{medians} s for another bucket ({of_processes})"
 
 
 def kernels_triton_table(record: dict[str, Any]) -> str:
