@@ -9,6 +9,12 @@ softmax, packed, to be merged afterwards.
 A softmax takes the largest logit off all of them lest a weight overflows, or all of them vanish. Where nothing is near
 to that, nothing has to be taken off and no largest one looked for, which is a twentieth of the time. So a CTA does
 without at first; if anything that it found was not within bounds, it computes all of its tiles anew.
+
+By the SM's clock, at 8 K tokens and 64 heads on an H200: a warpgroup takes 2,980 cycles for a tile if it is the only
+one, 590 of them for the first product, 690 for the softmax, 720 for the second product and 470 for packing. Of three
+each takes 4,800, for they meet at the tensor cores, which are busy three quarters of the time, and at the
+exponentials. To take turns at either product, to begin the second one with half of the weights, and to add up weights
+without the tensor cores was no quicker.
 """
 
 # jax does not export every name of Mosaic GPU.
