@@ -2,15 +2,19 @@
 
 The CTAs take the chunks of a plan's tiles in turn, so that all of them are at about the same place of the plan at any
 time: within one window, whose queries come again and again, out of the L2 cache. The page of a run is brought once for
-a chunk, into a ring of two, by the first of four warpgroups. They take the tiles in turn: 4 pairs of 16 query heads are
-the 64 rows of a wgmma. Each brings queries into the place that its tile before has left, for the tile after the next
-one. A fifth warpgroup to do nothing but that would leave 112 registers to the four, with which ptxas makes wgmmas wait
-for each other; so each has 128. Every pair leaves its partial result and the statistics of its softmax, packed, to be
-merged afterwards.
+a chunk, into a ring of two, by one warp; the queries of each tile by another. Three warpgroups take the tiles in turn:
+4 pairs of 16 query heads are the 64 rows of a wgmma. Every pair leaves its partial result and the statistics of its
+softmax, packed, to be merged afterwards.
 
 A softmax takes the largest logit off all of them lest a weight overflows, or all of them vanish. Where nothing is near
 to that, nothing has to be taken off and no largest one looked for, which is a twentieth of the time. So a CTA does
 without at first; if anything that it found was not within bounds, it computes all of its tiles anew.
+
+By the SM's clock, at 8 K tokens and 64 heads on an H200: a warpgroup takes 2,980 cycles for a tile if it is the only
+one, 590 of them for the first product, 690 for the softmax, 720 for the second product and 470 for packing. Of three
+each takes 4,800, for they meet at the tensor cores, which are busy three quarters of the time, and at the
+exponentials. To take turns at either product, to begin the second one with half of the weights, and to add up weights
+without the tensor cores was no quicker.
 """
 
 # jax does not export every name of Mosaic GPU.
@@ -28,15 +32,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import DIM, GROUP, NUM_SMS, PAGE_SIZE
-from pallas_kernels.mosaic import TILING, compiler_params, cond, halved, when
+from pallas_kernels.mosaic import FEW_ROWS, TILING, compiler_params, cond, full, warp_when, when
 from pallas_kernels.sparse_attention import mosaic_gpu_partials as packing
 from pallas_kernels.sparse_attention import mosaic_gpu_tile as tiles
 from pallas_kernels.sparse_attention.mosaic_gpu_plan import LIMIT_BITS, TILE_PAIRS, Plan, most_tiles
 from pallas_kernels.sparse_attention.mosaic_gpu_tile import each
 
-_WARPGROUPS = 4
-# Pages and tiles of queries that there is room for; tiles whose queries are awaited each at a barrier of its own.
-_PAGES, _SLOTS, _TURNS = 2, 6, 2 * _WARPGROUPS
+_WARPGROUPS = 3
+# Pages in flight, and tiles of queries in flight for each warpgroup.
+_PAGES, _TILES = 2, 2
 # Sums of a row's weights for which no reference is needed, and units of its numbers: far from the ends of float32 and
 # bfloat16, so that no weight is lost but what is less than 2 ** -80 of its row's largest.
 _LEAST_TOTAL, _MOST_TOTAL, _MOST_UNIT = 2.0**-40, 2.0**60, 2.0**100
@@ -117,6 +121,9 @@ def attend_prefill(
         v_barrier,
         k_free,
         v_free,
+        q_free,
+        ones_smem,
+        ones_barrier,
         is_beyond_smem,
         tried,
         *weights_smem,
@@ -130,7 +137,6 @@ def attend_prefill(
         round_size = jnp.int32(config.ctas * config.chunk)
         rounds, rest = lax.div(num_tiles, round_size), lax.rem(num_tiles, round_size)
         share = lax.div(rest + (config.ctas - 1), jnp.int32(config.ctas))
-        per_chunk = config.chunk // _WARPGROUPS
 
         def try_all(run):
             """run(attempt, number of tiles), and again while anything was not within bounds."""
@@ -168,184 +174,219 @@ def attend_prefill(
             first_run, last_run = run_of(tile_run_gmem[tile_of(first)]), run_of(tile_run_gmem[tile_of(end - 1)])
             return jnp.where(end > first, first_run, 0), jnp.where(end > first, last_run, -1)
 
-        def units_of(number):
-            """Of the tile of this number; of one behind the last something that nobody uses."""
-            number = jnp.minimum(number, max_tiles - 1)
-            return [units[number] for units in units_gmem]
+        def produce_queries(_, count):
+            def units_of(i):
+                tile = tile_of(i)
+                return tuple(units[tile] for units in units_gmem)
 
-        def bring_queries(tile, units):
-            """Of the CTA's tile, into the slot that the tile _SLOTS before it has left."""
-            slot, turn = lax.rem(tile, jnp.int32(_SLOTS)), lax.rem(tile, jnp.int32(_TURNS))
-            for r, unit in enumerate(units):
-                where = q_smem.at[slot, pl.ds(r * GROUP, GROUP)]
-                plgpu.copy_gmem_to_smem(q_gmem.at[unit], where, q_barrier.at[turn])
+            def step(i, units):
+                # It comes from memory.
+                following = units_of(i + 1)
+                consumer = lax.rem(i, jnp.int32(_WARPGROUPS))
+                turn = lax.div(i, jnp.int32(_WARPGROUPS))
+                slot = consumer * _TILES + lax.rem(turn, jnp.int32(_TILES))
 
-        def bring_page(visit, run):
-            head, page, tail = (runs_gmem[run, i] for i in range(3))
-            slot = lax.rem(visit, jnp.int32(_PAGES))
+                @warp_when(turn >= _TILES)
+                def _():
+                    plgpu.barrier_wait(q_free.at[slot])
 
-            def bring(source, to, arrived, free):
-                when(visit >= _PAGES)(lambda: plgpu.barrier_wait(free.at[slot]))
-                plgpu.copy_gmem_to_smem(source, to.at[slot], arrived.at[slot])
+                for r, unit in enumerate(units):
+                    where = q_smem.at[slot, pl.ds(r * GROUP, GROUP)]
+                    plgpu.copy_gmem_to_smem(q_gmem.at[unit], where, q_barrier.at[slot])
+                return following
 
-            bring(k_gmem.at[page, head], k_smem, k_barrier, k_free)
-            when(tail < 0)(lambda: bring(v_gmem.at[page, head], v_smem, v_barrier, v_free))
-            when(tail >= 0)(lambda: bring(tails_gmem.at[tail, head], v_smem, v_barrier, v_free))
+            lax.fori_loop(0, count, step, units_of(jnp.int32(0)))
 
-        def number_of(i, numbers):
-            """Of the warpgroup's tile i of a chunk; numbers: those of its first one there, and in the next chunk."""
-            number, next_number = numbers
-            return jnp.where(i < per_chunk, number, next_number - config.chunk) + i * _WARPGROUPS
+        def produce_pages(_, count):
+            def visit(number, run):
+                head, page, tail = (runs_gmem[run, i] for i in range(3))
+                slot = lax.rem(number, jnp.int32(_PAGES))
 
-        def tile_run_of(i, numbers):
-            return tile_run_gmem[jnp.minimum(number_of(i, numbers), max_tiles - 1)]
+                @warp_when(number >= _PAGES)
+                def _():
+                    plgpu.barrier_wait(k_free.at[slot])
 
-        def go_on(visit, to, brought, bring):
-            """Give pages back and wait for the next one, from one visit to another; how many have been brought then."""
+                plgpu.copy_gmem_to_smem(k_gmem.at[page, head], k_smem.at[slot], k_barrier.at[slot])
 
-            def step(visit, _):
-                when((wg == 0) & (visit + 1 >= brought))(lambda: bring(visit + 1))
-                for free, arrived in ((k_free, k_barrier), (v_free, v_barrier)):
-                    plgpu.barrier_arrive(free.at[lax.rem(visit, jnp.int32(_PAGES))])
-                    plgpu.barrier_wait(arrived.at[lax.rem(visit + 1, jnp.int32(_PAGES))])
+                @warp_when(number >= _PAGES)
+                def _():
+                    plgpu.barrier_wait(v_free.at[slot])
 
-            lax.fori_loop(visit, to, step, None)
-            return jnp.maximum(brought, to + 1)
+                @warp_when(tail < 0)
+                def _():
+                    plgpu.copy_gmem_to_smem(v_gmem.at[page, head], v_smem.at[slot], v_barrier.at[slot])
 
-        def mask(logits, number):
-            # Read when it is needed, which is seldom: each read that every warp waits for is felt.
-            packed = limits_gmem[number]
-            limits = [lax.shift_right_logical(packed, jnp.int32(r * LIMIT_BITS)) for r in range(TILE_PAIRS)]
-            return tiles.masked(logits, [limit & jnp.int32(PAGE_SIZE - 1) for limit in limits])
+                @warp_when(tail >= 0)
+                def _():
+                    plgpu.copy_gmem_to_smem(tails_gmem.at[tail, head], v_smem.at[slot], v_barrier.at[slot])
 
-        def from_largest(logits):
-            return tiles.slope_and_reference(logits, factor)
+            def step(chunk, carry):
+                visits, (first_run, last_run) = carry
+                following = runs_of(chunk + 1, count)
+                num_runs = last_run - first_run + 1
+                lax.fori_loop(0, num_runs, lambda i, _: visit(visits + i, first_run + i), None)
+                return visits + num_runs, following
 
-        def from_nothing(_):
-            return each(factor), each(0.0)
-
-        def step(i, carry, first, numbers, ahead, bring, most_visits, count, by_largest):
-            """The warpgroup's tile i, of a chunk from tile `first` on in which visits are so far ahead of runs.
-
-            bring: a page, by its visit, of which the first most_visits are known.
-            """
-            visit, brought, tile_run, next_tile_run, least, most = carry
-            # Two tiles ahead, since it comes from memory.
-            following = next_tile_run, tile_run_of(i + 2 - first, numbers)
-            number, tile = number_of(i - first, numbers), i * _WARPGROUPS + wg
-            within = tile + 2 - first * _WARPGROUPS
-            units = units_of(jnp.where(within < config.chunk, numbers[0], numbers[1] - config.chunk) - wg + within)
-            this_visit = run_of(tile_run) + ahead
-            brought = go_on(visit, this_visit, brought, bring)
-            page, slot = lax.rem(this_visit, jnp.int32(_PAGES)), lax.rem(tile, jnp.int32(_SLOTS))
-            plgpu.barrier_wait(q_barrier.at[lax.rem(tile, jnp.int32(_TURNS))])
-
-            def multiply_k(acc):
-                plgpu.wgmma(acc, q_smem.at[slot], k_smem.at[page].T)
-                return acc[...]
-
-            logits = pl.run_scoped(multiply_k, plgpu.ACC((tiles.ROWS, PAGE_SIZE), jnp.float32))
-            # Results leave from where queries came in: once its stores have been read, their slot is free.
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            when((i >= 1) & (tile + 2 < count))(lambda: bring_queries(tile + 2, units))
-
-            is_cut = (tile_run & jnp.int32(1)) > 0
-            logits = cond(is_cut, mask, lambda logits, _: logits, logits, number)
-            slope, reference = cond(by_largest, from_largest, from_nothing, logits)
-            weights = jnp.exp2(logits * tiles.along(slope) - tiles.along(reference))
-            weights = tiles.truncated(weights, dtype)
-            total = halved(jnp.add, weights).sum(axis=1)
-
-            def multiply_v(values):
-                where = weights_smem[0].at[wg] if weights_smem else None
-                tiles.multiply(weights.astype(dtype), v_smem.at[page], values, where)
-                return values[...]
-
-            values = pl.run_scoped(multiply_v, plgpu.ACC((tiles.ROWS, DIM), jnp.float32))
-            rows = rows_smem.at[pl.ds(tiles.first_row(slot, dtype), tiles.ROWS)]
-            unit = tiles.store(rows, out_gmem.at[number - first_of_part], values, reference, total, dtype)
-            least = jnp.minimum(least, total)
-            most = jnp.maximum(most, jnp.maximum(total, unit * (_MOST_TOTAL / _MOST_UNIT)))
-            # The others' tiles were begun before this one: they have left the page before, or soon will.
-            is_next = (brought == this_visit + 1) & (brought < most_visits)
-            when((wg == 0) & is_next)(lambda: bring(brought))
-            brought = jnp.where(is_next, brought + 1, brought)
-            return this_visit, brought, *following, least, most
-
-        def attempt(number, count):
-            own_count = lax.div(count - wg + (_WARPGROUPS - 1), jnp.int32(_WARPGROUPS))
-            of_attempt = functools.partial(step, count=count, by_largest=number == attempts - 1)
-            for tile in (wg, wg + _WARPGROUPS):
-                is_first = (tile < _SLOTS) & (tile < count)
-                when(is_first)(lambda tile=tile: bring_queries(tile, units_of(tile_of(tile))))
-
-            def over_chunk(chunk, carry):
-                visits, (first_run, last_run), visit, brought, *state = carry
-                next_runs = runs_of(chunk + 1, count)
-                first = chunk * per_chunk
-                end = jnp.minimum(first + per_chunk, own_count)
-                ahead = visits - first_run
-                next_visits = ahead + last_run + 1
-
-                def bring(visit):
-                    bring_page(visit, jnp.where(visit < next_visits, visit - ahead, next_runs[0]))
-
-                of_chunk = functools.partial(
-                    of_attempt,
-                    first=first,
-                    numbers=(first_tile_of(chunk) + wg, first_tile_of(chunk + 1) + wg),
-                    ahead=ahead,
-                    bring=bring,
-                    most_visits=next_visits + jnp.where(next_runs[1] >= next_runs[0], 1, 0),
-                )
-                visit, brought, *state = lax.fori_loop(first, end, of_chunk, (visit, brought, *state))
-                last = next_visits - 1
-                return next_visits, next_runs, last, go_on(visit, last, brought, bring), *state
-
-            runs = runs_of(jnp.int32(0), count)
-            when(wg == 0)(lambda: bring_page(jnp.int32(0), runs[0]))
-            plgpu.barrier_wait(k_barrier.at[0])
-            plgpu.barrier_wait(v_barrier.at[0])
-            numbers = first_tile_of(jnp.int32(0)) + wg, first_tile_of(jnp.int32(1)) + wg
-            tile_runs = [tile_run_of(jnp.int32(i), numbers) for i in range(2)]
-            start = (jnp.int32(0), runs, jnp.int32(0), jnp.int32(1), *tile_runs, each(1.0), each(1.0))
-            visits, *_, least, most = lax.fori_loop(0, chunks_of(count), over_chunk, start)
+            visits, _ = lax.fori_loop(0, chunks_of(count), step, (jnp.int32(0), runs_of(jnp.int32(0), count)))
 
             # Every completion of a barrier has to be awaited; the last page is never given back.
-            @when((wg == 0) & (visits >= _PAGES))
+            def drain(i, _):
+                slot = lax.rem(i, jnp.int32(_PAGES))
+                plgpu.barrier_wait(k_free.at[slot])
+                plgpu.barrier_wait(v_free.at[slot])
+
+            lax.fori_loop(jnp.maximum(visits - _PAGES, 0), visits - 1, drain, None)
+
+        @when(wg == _WARPGROUPS)
+        def _produce():
+            plgpu.set_max_registers(32, action="decrease")
+
+            @pl.core_map(plgpu.WarpMesh(axis_name="warp"))
             def _():
-                for free in (k_free, v_free):
-                    plgpu.barrier_wait(free.at[lax.rem(visits, jnp.int32(_PAGES))])
+                warp = lax.axis_index("warp")
 
-            # Nothing is brought, and nothing stored, where something is still on its way from.
-            plgpu.wait_smem_to_gmem(0)
-            is_within = jnp.logical_and(least >= _LEAST_TOTAL, most <= _MOST_TOTAL)
-            # Of the warpgroup's last tile, or a slot that none has.
-            last = (own_count - 1) * _WARPGROUPS + wg + _SLOTS
-            first = tiles.first_row(lax.rem(last, jnp.int32(_SLOTS)), dtype)
-            is_beyond = jnp.where(is_within, each(0, jnp.int32), each(1, jnp.int32))
-            rows_smem.at[pl.ds(first, tiles.ROWS), 0][...] = is_beyond
-            plgpu.commit_smem()
-            is_beyond_smem[number, wg] = lax.fori_loop(
-                0, tiles.ROWS, lambda row, found: jnp.maximum(found, rows_smem[first + row, 0]), 0, unroll=8
-            )
-            plgpu.commit_smem()
-            plgpu.barrier_arrive(tried)
+                warp_when(warp == 0)(functools.partial(try_all, produce_pages))
+                warp_when(warp == 1)(functools.partial(try_all, produce_queries))
 
-        try_all(attempt)
+        @when(wg < _WARPGROUPS)
+        def _consume():
+            plgpu.set_max_registers(160, action="increase")
+            per_chunk = config.chunk // _WARPGROUPS
+
+            def numbers_of(chunk):
+                """The numbers of the warpgroup's first tiles in the chunk and in the next one."""
+                return first_tile_of(chunk) + wg, first_tile_of(chunk + 1) + wg
+
+            def tile_run_of(i, numbers):
+                """Of the warpgroup's tile i from the first of a chunk on, or of the next; behind the last something."""
+                number, next_number = numbers
+                first = jnp.where(i < per_chunk, number, next_number - config.chunk)
+                return tile_run_gmem[jnp.minimum(first + i * _WARPGROUPS, max_tiles - 1)]
+
+            def slot_of(i):
+                return wg * _TILES + lax.rem(i, jnp.int32(_TILES))
+
+            def go_on(visit, to):
+                """Give pages back and wait for the next one, from one visit to another."""
+
+                def step(visit, _):
+                    for free, arrived in ((k_free, k_barrier), (v_free, v_barrier)):
+                        plgpu.barrier_arrive(free.at[lax.rem(visit, jnp.int32(_PAGES))])
+                        plgpu.barrier_wait(arrived.at[lax.rem(visit + 1, jnp.int32(_PAGES))])
+
+                lax.fori_loop(visit, to, step, None)
+
+            def mask(logits, tile):
+                # Read when it is needed, which is seldom: each read that every warp waits for is felt.
+                packed = limits_gmem[tile]
+                limits = [lax.shift_right_logical(packed, jnp.int32(r * LIMIT_BITS)) for r in range(TILE_PAIRS)]
+                return tiles.masked(logits, [limit & jnp.int32(PAGE_SIZE - 1) for limit in limits])
+
+            def from_largest(logits):
+                return tiles.slope_and_reference(logits, factor)
+
+            def from_nothing(_):
+                return each(factor), each(0.0)
+
+            def step(i, carry, first, numbers, ahead, own_count, by_largest):
+                """Tile i, of a chunk from tile `first` on in which visits are so far ahead of runs."""
+                visit, tile_run, next_tile_run, least, most = carry
+                # Two tiles ahead, since it comes from memory.
+                following = next_tile_run, tile_run_of(i + 2 - first, numbers)
+                number = numbers[0] + (i - first) * _WARPGROUPS
+                this_visit = run_of(tile_run) + ahead
+                go_on(visit, this_visit)
+                page = lax.rem(this_visit, jnp.int32(_PAGES))
+                plgpu.barrier_wait(q_barrier.at[slot_of(i)])
+
+                def multiply_k(acc):
+                    plgpu.wgmma(acc, q_smem.at[slot_of(i)], k_smem.at[page].T)
+                    return acc[...]
+
+                logits = pl.run_scoped(multiply_k, plgpu.ACC((tiles.ROWS, PAGE_SIZE), jnp.float32))
+                # Results leave from where queries came in: once its stores have been read, the other slot is free.
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+                @when(jnp.logical_and(i >= 1, i + 1 < own_count))
+                def _():
+                    plgpu.barrier_arrive(q_free.at[slot_of(i + 1)])
+
+                is_cut = (tile_run & jnp.int32(1)) > 0
+                logits = cond(is_cut, mask, lambda logits, _: logits, logits, number)
+                slope, reference = cond(by_largest, from_largest, from_nothing, logits)
+                weights = jnp.exp2(logits * tiles.along(slope) - tiles.along(reference)).astype(dtype)
+
+                def multiply_v(values, totals):
+                    where = weights_smem[0].at[wg] if weights_smem else None
+                    tiles.multiply(weights, v_smem.at[page], ones_smem, values, totals, where)
+                    return values[...], totals[...]
+
+                accs = [plgpu.ACC((tiles.ROWS, width), jnp.float32) for width in (DIM, tiles.ONES[0])]
+                values, totals = pl.run_scoped(multiply_v, *accs)
+                total = totals.max(axis=1)  # of equal ones
+                rows = rows_smem.at[pl.ds(tiles.first_row(slot_of(i), dtype), tiles.ROWS)]
+                unit = tiles.store(rows, out_gmem.at[number - first_of_part], values, reference, total, dtype)
+                least = jnp.minimum(least, total)
+                most = jnp.maximum(most, jnp.maximum(total, unit * (_MOST_TOTAL / _MOST_UNIT)))
+                return this_visit, *following, least, most
+
+            def consume(attempt, count):
+                own_count = lax.div(count - wg + (_WARPGROUPS - 1), jnp.int32(_WARPGROUPS))
+                of_attempt = functools.partial(step, own_count=own_count, by_largest=attempt == attempts - 1)
+
+                def over_chunk(chunk, carry):
+                    visits, (first_run, last_run), *state = carry
+                    following = runs_of(chunk + 1, count)
+                    first = chunk * per_chunk
+                    end = jnp.minimum(first + per_chunk, own_count)
+                    ahead = visits - first_run
+                    of_chunk = functools.partial(of_attempt, first=first, numbers=numbers_of(chunk), ahead=ahead)
+                    state = lax.fori_loop(first, end, of_chunk, tuple(state))
+                    return ahead + last_run + 1, following, *state
+
+                plgpu.barrier_wait(k_barrier.at[0])
+                plgpu.barrier_wait(v_barrier.at[0])
+                tile_runs = [tile_run_of(jnp.int32(i), numbers_of(jnp.int32(0))) for i in range(2)]
+                start = (jnp.int32(0), runs_of(jnp.int32(0), count), jnp.int32(0), *tile_runs, each(1.0), each(1.0))
+                visits, _, visit, _, _, least, most = lax.fori_loop(0, chunks_of(count), over_chunk, start)
+                go_on(visit, visits - 1)
+                # Nothing is brought, and nothing stored, where something is still on its way from.
+                plgpu.wait_smem_to_gmem(0)
+                is_within = jnp.logical_and(least >= _LEAST_TOTAL, most <= _MOST_TOTAL)
+                first = tiles.first_row(slot_of(jnp.int32(0)), dtype)
+                is_beyond = jnp.where(is_within, each(0, jnp.int32), each(1, jnp.int32))
+                rows_smem.at[pl.ds(first, tiles.ROWS), 0][...] = is_beyond
+                plgpu.commit_smem()
+                is_beyond_smem[attempt, wg] = lax.fori_loop(
+                    0, tiles.ROWS, lambda row, found: jnp.maximum(found, rows_smem[first + row, 0]), 0, unroll=8
+                )
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(tried)
+
+            @when(wg == 0)
+            def _():
+                ones_smem[...] = full(tiles.ONES, 1, dtype, FEW_ROWS)
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(ones_barrier)
+
+            plgpu.barrier_wait(ones_barrier)
+            try_all(consume)
 
     page = plgpu.SMEM((_PAGES, PAGE_SIZE, DIM), dtype, transforms=TILING)
-    queries_and_rows = tiles.queries_and_results(_SLOTS, dtype)
+    queries_and_rows = tiles.queries_and_results(_WARPGROUPS * _TILES, dtype)
     scratch = [
         # The interpreter takes a union as a whole for one or the other, not each slot for itself.
         plgpu.RefUnion(*queries_and_rows) if interpret is None else queries_and_rows,
         page,
         page,
-        plgpu.Barrier(num_arrivals=TILE_PAIRS, num_barriers=_TURNS),
+        plgpu.Barrier(num_arrivals=TILE_PAIRS, num_barriers=_WARPGROUPS * _TILES),
         plgpu.Barrier(num_barriers=_PAGES),
         plgpu.Barrier(num_barriers=_PAGES),
         plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=_PAGES),
         plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=_PAGES),
+        plgpu.Barrier(num_barriers=_WARPGROUPS * _TILES),
+        plgpu.SMEM(tiles.ONES, dtype, transforms=TILING),
+        plgpu.Barrier(),
         plgpu.SMEM((attempts, _WARPGROUPS), jnp.int32),
         plgpu.Barrier(num_arrivals=_WARPGROUPS),
     ]
@@ -356,7 +397,7 @@ def attend_prefill(
         out_type=jax.ShapeDtypeStruct((most_tiles(pairs, keys), tiles.ROWS, row_words), jnp.int32),
         grid=(config.ctas,),
         grid_names=("cta",),
-        num_threads=_WARPGROUPS,
+        num_threads=_WARPGROUPS + 1,
         thread_name="wg",
         scratch_types=scratch,
         # Without a barrier before and behind whatever is written: a warp writes where it alone has read.

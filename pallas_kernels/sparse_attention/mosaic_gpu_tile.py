@@ -16,12 +16,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import DIM, GROUP, PAGE_SIZE, round_up
-from pallas_kernels.mosaic import TILING, full, halved, spread
+from pallas_kernels.mosaic import COLUMNS, TILING, full, halved, spread
 from pallas_kernels.sparse_attention import mosaic_gpu_partials as packing
 from pallas_kernels.sparse_attention.mosaic_gpu_plan import TILE_PAIRS
 
 ROWS = TILE_PAIRS * GROUP
 _WGMMA = plgpu.Layout.WGMMA
+# Weights that are added up at a time: shared memory has not room for as many ones as a page has keys.
+_ONES = 64
+ONES = (COLUMNS, _ONES)
 # Where logits in base 2 are nothing but even numbers in float32.
 _HUGE = 2.0**24
 
@@ -76,26 +79,21 @@ def slope_and_reference(logits: Any, factor: float) -> tuple[Any, Any]:
     return slope, largest * slope
 
 
-def truncated(weights: Any, dtype: Any) -> Any:
-    """Weights that are numbers of the dtype: what is behind its last bit is left out.
+def multiply(weights: Any, v: Any, ones: Any, values: Any, totals: Any, weights_smem: Any) -> None:
+    """Add the products of weights with v to values, and their sums to each of the totals.
 
-    So their sum is of what is multiplied, and what equal weights lose cancels. Rounding loses as much, since all of
-    them get less by the same half bit on the average, and takes more instructions.
-    """
-    behind = jnp.finfo(jnp.float32).nmant - jnp.finfo(dtype).nmant
-    bits = lax.bitcast_convert_type(weights, jnp.int32) & jnp.int32(-(1 << behind))
-    return lax.bitcast_convert_type(bits, jnp.float32)
-
-
-def multiply(weights: Any, v: Any, values: Any, weights_smem: Any) -> None:
-    """Add the products of weights with v to values.
-
+    The sum is of what is multiplied, so that the rounding of equal weights cancels.
     weights_smem: a Ref to multiply from, for the interpreter, which does not from anywhere else; else None.
     """
-    if weights_smem is not None:
+    firsts = range(0, PAGE_SIZE, _ONES)
+    if weights_smem is None:
+        parts = [weights[:, first : first + _ONES] for first in firsts]
+    else:
         weights_smem[...] = weights
         plgpu.commit_smem()
-        weights = weights_smem
+        weights, parts = weights_smem, [weights_smem.at[:, pl.ds(first, _ONES)] for first in firsts]
+    for part in parts:
+        plgpu.wgmma(totals, part, ones.T)
     plgpu.wgmma(values, weights, v)
 
 

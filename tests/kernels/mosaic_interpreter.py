@@ -156,8 +156,8 @@ def attention_prefill() -> None:
     # Windows of few rows, and chunks of which a CTA has several; parts of the rows, each merged into its part of the
     # result, and in the end more of them than are planned at a time.
     for pairs, config in (
-        (128, attending_prefill.TuningConfig(window=7, chunk=8, ctas=2)),
-        (48, attending_prefill.TuningConfig(window=16, chunk=12, ctas=3)),
+        (128, attending_prefill.TuningConfig(window=7, chunk=6, ctas=2)),
+        (48, attending_prefill.TuningConfig(window=16, chunk=9, ctas=3)),
     ):
         attend = functools.partial(attention._prefill, scale=batch.scale, config=config, pairs=pairs, interpret=RACES)
         check_attention(batch, jax.jit(attend)(*args), block_ids)
@@ -171,7 +171,7 @@ def attention_prefill_bounds() -> None:
     of_rows[::7] = 200  # Logits of hundreds.
     # The second of them: values whose sums are more than float32 holds.
     beyond = (replace(within, q=within.q * of_rows), replace(within, v=within.v * within.v.dtype.type(2.0**110)))
-    config = attending_prefill.TuningConfig(window=16, chunk=8, ctas=3)
+    config = attending_prefill.TuningConfig(window=16, chunk=6, ctas=3)
     block_ids = within.choice()
 
     def attend():

@@ -75,7 +75,7 @@ def test_results_lie_within_their_slot(dtype):
     row = 4 * packing.row_words_of(dtype)
     assert packing.words_of(dtype) + 3 <= packing.row_words_of(dtype)
     slot_bytes = 64 * DIM * 2
-    for slot in range(prefill._SLOTS):
+    for slot in range(prefill._WARPGROUPS * prefill._TILES):
         first = tiles.first_row(slot, dtype) * row
         assert first % 128 == 0
         assert slot * slot_bytes <= first
