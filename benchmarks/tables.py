@@ -91,8 +91,7 @@ def kernels_table(record: dict[str, Any]) -> str:
             "",
             "Tracing, lowering and compiling all four operations for a new bucket of shapes took "
             f"{_compiled_in(record['compile'])}, one after the other (goal {MOST_COMPILE_S:.0f} s); side by side, in "
-            "threads, "
-            f"{_compiled_in(record['compile-beside'])}. Other lengths in a bucket compile nothing.",
+            f"threads, {_compiled_in(record['compile-beside'])}. Other lengths in a bucket compile nothing.",
         ]
     return "\n".join(lines)
 
