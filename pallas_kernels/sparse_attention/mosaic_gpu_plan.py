@@ -138,19 +138,19 @@ def plan(
     tiles_of = divided(counts + (TILE_PAIRS - 1), TILE_PAIRS)
     # Of both at once.
     ends, runs_up_to = numbering.running_sum(jnp.stack([tiles_of, (counts > 0).astype(jnp.int32)]))
-    places = jnp.where(used, numbers_from((ends - tiles_of) * TILE_PAIRS), -1)
+    begins = (ends - tiles_of) * TILE_PAIRS
+    places = jnp.where(used, numbers_from(begins), -1)
 
     number = jnp.arange(num_pairs, dtype=jnp.int32)
     where = jnp.where(used, places, max_tiles * TILE_PAIRS + number)
     words = lax.empty((max_tiles * TILE_PAIRS,), jnp.int32)
     words = words.at[where].set((number << LIMIT_BITS) | limit, mode="drop", unique_indices=True)
     of_pairs = [words[i::TILE_PAIRS] for i in range(TILE_PAIRS)]
-    # Every tile that is needed has a first pair, and only the last one of a run may have no others.
+    # Every tile that is needed has a first pair.
     key_of_tile = at(key, jnp.clip(of_pairs[0] >> LIMIT_BITS, 0, num_pairs - 1))
     key_of_tile = jnp.minimum(key_of_tile, num_keys - 1)
-    is_last = jnp.arange(max_tiles, dtype=jnp.int32) == at(ends, key_of_tile) - 1
-    in_last = at(counts - (tiles_of - 1) * TILE_PAIRS, key_of_tile)
-    of_pairs = [jnp.where(is_last & (in_last <= i), of_pairs[0], word) for i, word in enumerate(of_pairs)]
+    left = at(begins + counts, key_of_tile) - jnp.arange(max_tiles, dtype=jnp.int32) * TILE_PAIRS
+    of_pairs = [jnp.where(i < left, word, of_pairs[0]) for i, word in enumerate(of_pairs)]
     limits = [word & (PAGE_SIZE - 1) for word in of_pairs]
     is_cut = functools.reduce(jnp.minimum, limits) < PAGE_SIZE - 1
 
