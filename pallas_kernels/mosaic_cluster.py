@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, gpu, llvm, nvvm
+from jaxlib.mlir.dialects import arith, nvvm
 
 from pallas_kernels.hopper import DIM
-from pallas_kernels.mosaic_inline import c32, i32, ptx
+from pallas_kernels.mosaic_inline import c32, equal, ptx, shared_address, thread
 
 # A barrier that counts bytes; inline code cannot be given a plgpu.Barrier.
 MAILBOX = plgpu.SMEM((2,), jnp.int32)
@@ -32,11 +32,11 @@ def expect(mailbox: Any, words: int, *, first_only: bool = False) -> None:
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
     def emit(_ctx, *refs):
-        [mailbox] = map(_address, refs)
-        is_first = _is(_thread(), 0)
+        [mailbox] = map(shared_address, refs)
+        is_first = equal(thread(), 0)
         num_bytes = c32(words * 4)
         if first_only:
-            num_bytes = arith.select(_is(_cta(), 0), num_bytes, c32(0))
+            num_bytes = arith.select(equal(_cta(), 0), num_bytes, c32(0))
         args = is_first, mailbox, num_bytes
         ptx([], args[:2], "@$0 mbarrier.init.shared::cta.b64 [$1], 1;", "b,r")
         ptx([], [], "fence.mbarrier_init.release.cluster;", "")
@@ -67,8 +67,8 @@ def send_parts(rows: Any, stats: Any, to_rows: Any, to_stats: Any, mailbox: Any,
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * 5)
     def emit(_ctx, *refs):
-        rows, stats, to_rows, to_stats, mailbox = map(_address, refs)
-        warp, lane = (fn(_thread(), c32(_LANES)) for fn in (arith.divui, arith.remui))
+        rows, stats, to_rows, to_stats, mailbox = map(shared_address, refs)
+        warp, lane = (fn(thread(), c32(_LANES)) for fn in (arith.divui, arith.remui))
         first = arith.muli(_cta(), c32(each))
         is_stat = arith.cmpi(arith.CmpIPredicate.ult, lane, c32(2))
 
@@ -98,10 +98,10 @@ def send_to_first(array: Any, to: Any, mailbox: Any) -> None:
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * 3)
     def emit(_ctx, *refs):
-        array, to, mailbox = map(_address, refs)
+        array, to, mailbox = map(shared_address, refs)
         to = arith.addi(to, arith.muli(_cta(), c32(vectors * 16)))
         for first in range(0, vectors, _WARPS * _LANES):
-            vector = arith.addi(_thread(), c32(first))
+            vector = arith.addi(thread(), c32(first))
             takes_part = arith.cmpi(arith.CmpIPredicate.ult, vector, c32(vectors))
             offset = arith.muli(vector, c32(16))
             _send(arith.addi(array, offset), arith.addi(to, offset), c32(0), mailbox, takes_part, words=4)
@@ -135,22 +135,9 @@ def wait(mailbox: Any) -> None:
     emit(mailbox)
 
 
-def _thread() -> Any:
-    return arith.index_cast(i32(), gpu.thread_id(gpu.Dimension.x))
-
-
 def _cta() -> Any:
     """Its number in the cluster."""
     return nvvm.read_ptx_sreg_cluster_ctarank()
-
-
-def _is(number: Any, value: int) -> Any:
-    return arith.cmpi(arith.CmpIPredicate.eq, number, c32(value))
-
-
-def _address(ref: Any) -> Any:
-    """Within shared memory."""
-    return llvm.ptrtoint(i32(), utils.memref_ptr(ref))
 
 
 def _plus(base: Any, row: Any, row_bytes: int, lane: Any, lane_bytes: int) -> Any:

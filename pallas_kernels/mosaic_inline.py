@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
+from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm
+from jaxlib.mlir.dialects import arith, gpu, llvm
 
 
 def ptx(results: Sequence[Any], operands: Sequence[Any], text: str, constraints: str) -> list[Any]:
@@ -28,3 +29,28 @@ def c32(value: int) -> Any:
 def i32() -> Any:
     """The type of a word."""
     return ir.IntegerType.get_signless(32)
+
+
+def i64() -> Any:
+    """The type of an address in global memory."""
+    return ir.IntegerType.get_signless(64)
+
+
+def thread() -> Any:
+    """Its number in the CTA."""
+    return arith.index_cast(i32(), gpu.thread_id(gpu.Dimension.x))
+
+
+def equal(value: Any, number: int) -> Any:
+    """Whether a word is the number."""
+    return arith.cmpi(arith.CmpIPredicate.eq, value, c32(number))
+
+
+def shared_address(ref: Any) -> Any:
+    """Where a Ref of shared memory begins, within it."""
+    return llvm.ptrtoint(i32(), utils.memref_ptr(ref))
+
+
+def global_address(ref: Any) -> Any:
+    """Where a Ref of global memory begins."""
+    return llvm.ptrtoint(i64(), utils.memref_ptr(ref))

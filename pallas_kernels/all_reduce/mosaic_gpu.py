@@ -27,7 +27,7 @@ from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, gpu, llvm
+from jaxlib.mlir.dialects import arith, gpu
 
 from pallas_kernels import hopper
 from pallas_kernels.all_reduce import reference
@@ -43,7 +43,7 @@ from pallas_kernels.all_reduce.workspace import (
 )
 from pallas_kernels.derivatives import with_derivative_of
 from pallas_kernels.dispatch import Implementation
-from pallas_kernels.mosaic_inline import c32, i32, ptx
+from pallas_kernels.mosaic_inline import c32, global_address, i32, i64, ptx
 
 DTYPES = ("bfloat16", "float16", "float32")
 _NAN = 0x7FFF7FFF
@@ -81,7 +81,7 @@ def _sum(x, table, *, devices: int):
     def all_reduce(x_gmem, table_gmem, out_gmem):
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * 3)
         def add(_ctx, *refs):
-            _emit(*(_address(ref) for ref in refs), devices=devices, dtype=str(x.dtype), blocks=blocks)
+            _emit(*(global_address(ref) for ref in refs), devices=devices, dtype=str(x.dtype), blocks=blocks)
 
         add(x_gmem, table_gmem, out_gmem)
 
@@ -96,18 +96,18 @@ def _sum(x, table, *, devices: int):
 
 def _emit(x, table, out, *, devices: int, dtype: str, blocks: int) -> None:
     """A thread's work. Addresses are 64-bit numbers, 16 bytes are four words; block b of a CTA is vector b of each."""
-    cta, thread = (arith.index_cast(_i64(), id_(gpu.Dimension.x)) for id_ in (gpu.block_id, gpu.thread_id))
+    cta, thread = (arith.index_cast(i64(), id_(gpu.Dimension.x)) for id_ in (gpu.block_id, gpu.thread_id))
     lane = arith.muli(thread, _c64(VECTOR_BYTES))
     first = arith.addi(arith.muli(cta, _c64(blocks * BLOCK_BYTES)), lane)
     x, out = arith.addi(x, first), arith.addi(out, first)
     sent = [_never_empty(_load(_plus(x, block * BLOCK_BYTES))) for block in range(blocks)]
     me, own, *others = (
-        ptx([_i64()], [table], f"ld.global.b64 $0, [$1+{8 * i}];", "=l,l")[0] for i in range(devices + 1)
+        ptx([i64()], [table], f"ld.global.b64 $0, [$1+{8 * i}];", "=l,l")[0] for i in range(devices + 1)
     )
 
     counter = arith.addi(own, arith.muli(arith.addi(arith.muli(cta, _c64(THREADS)), thread), _c64(4)))
     [calls] = ptx([i32()], [counter], "ld.global.b32 $0, [$1];", "=r,l")
-    half = arith.extui(_i64(), arith.andi(calls, c32(1)))
+    half = arith.extui(i64(), arith.andi(calls, c32(1)))
     places = arith.muli(arith.addi(arith.muli(half, _c64(MAX_CTAS)), cta), _c64(place_bytes(devices)))
     places = _plus(arith.addi(places, lane), COUNTER_BYTES)
     mine = arith.addi(places, arith.muli(me, _c64(BLOCKS * BLOCK_BYTES)))
@@ -180,20 +180,12 @@ def _wait(address, offsets: Sequence[int]) -> list[list[Any]]:
     return [words[i : i + 4] for i in range(0, count, 4)]
 
 
-def _address(ref):
-    return llvm.ptrtoint(_i64(), mgpu.utils.memref_ptr(ref))
-
-
 def _plus(address, offset: int):
     return arith.addi(address, _c64(offset)) if offset else address
 
 
 def _c64(value: int):
-    return arith.constant(_i64(), value)
-
-
-def _i64():
-    return ir.IntegerType.get_signless(64)
+    return arith.constant(i64(), value)
 
 
 all_reduce = Implementation(_supported, with_derivative_of(reference.all_reduce.run, _run))

@@ -87,7 +87,8 @@ def merge_prefill(
         partials_barrier,
         places_barrier,
     ):
-        group = lax.axis_index("group")
+        # The last ones first, of which some partial results are still in the L2 cache.
+        group = (groups - 1) - lax.axis_index("group")
         first_unit, mask = first_unit_gmem[0], mask_gmem[0]
         num_steps = lax.div(slots_gmem[group] + (_SLOTS - 1), jnp.int32(_SLOTS))
         row = plgpu.broadcasted_iota(jnp.int32, (_ROWS,), 0, layout=_WGMMA.reduce(1))

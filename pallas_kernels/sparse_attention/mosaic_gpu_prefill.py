@@ -10,11 +10,11 @@ A softmax takes the largest logit off all of them lest a weight overflows, or al
 to that, nothing has to be taken off and no largest one looked for, which is a twentieth of the time. So a CTA does
 without at first; if anything that it found was not within bounds, it computes all of its tiles anew.
 
-By the SM's clock, at 8 K tokens and 64 heads on an H200: a warpgroup takes 2,980 cycles for a tile if it is the only
-one, 590 of them for the first product, 690 for the softmax, 720 for the second product and 470 for packing. Of three
-each takes 4,800, for they meet at the tensor cores, which are busy three quarters of the time, and at the
-exponentials. To take turns at either product, to begin the second one with half of the weights, and to add up weights
-without the tensor cores was no quicker.
+What limits it on an H200 is power rather than any one unit: at 8 K tokens and 64 heads the SMs run at 1.65 to 1.7 GHz
+of 1.98. What leaves as much to do made nothing quicker, however it was arranged: turns at the products, four
+warpgroups, two that have a product of one tile and the exponentials of another under way at once, results that leave
+later. What leaves less to do did: fewer instructions to pack and to mask, and results that leave the L2 cache before
+the queries, which come again.
 """
 
 # jax does not export every name of Mosaic GPU.
@@ -35,7 +35,7 @@ from pallas_kernels.hopper import DIM, GROUP, NUM_SMS, PAGE_SIZE
 from pallas_kernels.mosaic import FEW_ROWS, TILING, compiler_params, cond, full, warp_when, when
 from pallas_kernels.sparse_attention import mosaic_gpu_partials as packing
 from pallas_kernels.sparse_attention import mosaic_gpu_tile as tiles
-from pallas_kernels.sparse_attention.mosaic_gpu_plan import LIMIT_BITS, TILE_PAIRS, Plan, most_tiles
+from pallas_kernels.sparse_attention.mosaic_gpu_plan import TILE_PAIRS, Plan, most_tiles
 from pallas_kernels.sparse_attention.mosaic_gpu_tile import each
 
 _WARPGROUPS = 3
@@ -100,6 +100,7 @@ def attend_prefill(
     row_words = packing.row_words_of(dtype)
     # Of float16 weights overflow soon.
     attempts = 1 if dtype == jnp.float16 else 2
+    inline = interpret is None
 
     def attend(
         q_gmem,
@@ -130,7 +131,7 @@ def attend_prefill(
     ):
         q_smem, rows_smem = queries_and_rows_smem
         wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
-        part = part_gmem[0]
+        part = part_gmem[0] if parts > 1 else jnp.int32(0)  # reads that wait for one another are felt
         first_of_part = jnp.where(part > 0, ends_gmem[jnp.maximum(part * keys - 1, 0)], 0)
         num_tiles = ends_gmem[(part + 1) * keys - 1] - first_of_part
         # Rounds in which every CTA takes a chunk, and equal shares of what is left.
@@ -276,12 +277,6 @@ def attend_prefill(
 
                 lax.fori_loop(visit, to, step, None)
 
-            def mask(logits, tile):
-                # Read when it is needed, which is seldom: each read that every warp waits for is felt.
-                packed = limits_gmem[tile]
-                limits = [lax.shift_right_logical(packed, jnp.int32(r * LIMIT_BITS)) for r in range(TILE_PAIRS)]
-                return tiles.masked(logits, [limit & jnp.int32(PAGE_SIZE - 1) for limit in limits])
-
             def from_largest(logits):
                 return tiles.slope_and_reference(logits, factor)
 
@@ -291,19 +286,23 @@ def attend_prefill(
             def step(i, carry, first, numbers, ahead, own_count, by_largest):
                 """Tile i, of a chunk from tile `first` on in which visits are so far ahead of runs."""
                 visit, tile_run, next_tile_run, least, most = carry
-                # Two tiles ahead, since it comes from memory.
-                following = next_tile_run, tile_run_of(i + 2 - first, numbers)
                 number = numbers[0] + (i - first) * _WARPGROUPS
                 this_visit = run_of(tile_run) + ahead
                 go_on(visit, this_visit)
                 page = lax.rem(this_visit, jnp.int32(_PAGES))
                 plgpu.barrier_wait(q_barrier.at[slot_of(i)])
 
+                is_cut = (tile_run & jnp.int32(1)) > 0
+
                 def multiply_k(acc):
                     plgpu.wgmma(acc, q_smem.at[slot_of(i)], k_smem.at[page].T)
-                    return acc[...]
+                    # Comes from memory meanwhile: of the tile after the next, and what is seldom needed.
+                    following = tile_run_of(i + 2 - first, numbers)
+                    limits = cond(is_cut, lambda: limits_gmem[number], lambda: jnp.int32(0))
+                    return acc[...], following, limits
 
-                logits = pl.run_scoped(multiply_k, plgpu.ACC((tiles.ROWS, PAGE_SIZE), jnp.float32))
+                acc = plgpu.ACC((tiles.ROWS, PAGE_SIZE), jnp.float32)
+                logits, following, limits = pl.run_scoped(multiply_k, acc)
                 # Results leave from where queries came in: once its stores have been read, the other slot is free.
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
@@ -311,8 +310,7 @@ def attend_prefill(
                 def _():
                     plgpu.barrier_arrive(q_free.at[slot_of(i + 1)])
 
-                is_cut = (tile_run & jnp.int32(1)) > 0
-                logits = cond(is_cut, mask, lambda logits, _: logits, logits, number)
+                logits = cond(is_cut, tiles.masked, lambda logits, _: logits, logits, limits)
                 slope, reference = cond(by_largest, from_largest, from_nothing, logits)
                 weights = jnp.exp2(logits * tiles.along(slope) - tiles.along(reference)).astype(dtype)
 
@@ -323,12 +321,13 @@ def attend_prefill(
 
                 accs = [plgpu.ACC((tiles.ROWS, width), jnp.float32) for width in (DIM, tiles.ONES[0])]
                 values, totals = pl.run_scoped(multiply_v, *accs)
-                total = totals.max(axis=1)  # of equal ones
+                total = tiles.any_column(totals, inline)
                 rows = rows_smem.at[pl.ds(tiles.first_row(slot_of(i), dtype), tiles.ROWS)]
-                unit = tiles.store(rows, out_gmem.at[number - first_of_part], values, reference, total, dtype)
+                out = out_gmem.at[number - first_of_part]
+                unit = tiles.store(rows, out, values, reference, total, dtype, inline)
                 least = jnp.minimum(least, total)
                 most = jnp.maximum(most, jnp.maximum(total, unit * (_MOST_TOTAL / _MOST_UNIT)))
-                return this_visit, *following, least, most
+                return this_visit, next_tile_run, following, least, most
 
             def consume(attempt, count):
                 own_count = lax.div(count - wg + (_WARPGROUPS - 1), jnp.int32(_WARPGROUPS))

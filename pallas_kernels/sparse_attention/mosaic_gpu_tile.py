@@ -7,24 +7,29 @@
 # pyright: reportPrivateImportUsage=false
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, vector
 
 from pallas_kernels.hopper import DIM, GROUP, PAGE_SIZE, round_up
 from pallas_kernels.mosaic import COLUMNS, TILING, full, halved, spread
+from pallas_kernels.mosaic_inline import c32, equal, global_address, ptx, shared_address, thread
 from pallas_kernels.sparse_attention import mosaic_gpu_partials as packing
-from pallas_kernels.sparse_attention.mosaic_gpu_plan import TILE_PAIRS
+from pallas_kernels.sparse_attention.mosaic_gpu_plan import LIMIT_BITS, TILE_PAIRS
 
 ROWS = TILE_PAIRS * GROUP
 _WGMMA = plgpu.Layout.WGMMA
 # Weights that are added up at a time: shared memory has not room for as many ones as a page has keys.
 _ONES = 64
 ONES = (COLUMNS, _ONES)
+# Of a warpgroup.
+_THREADS = 128
 # Where logits in base 2 are nothing but even numbers in float32.
 _HUGE = 2.0**24
 
@@ -56,13 +61,14 @@ def along(rows: Any) -> Any:
     return spread(rows, (ROWS, PAGE_SIZE), 0, _WGMMA)
 
 
-def masked(logits: Any, limits: Sequence[Any]) -> Any:
-    """Without the keys behind the last one that each pair sees."""
+def masked(logits: Any, limits: Any) -> Any:
+    """Without the keys behind the last one that each pair sees. limits: of the plan, LIMIT_BITS for each pair."""
     row, key = (plgpu.broadcasted_iota(jnp.int32, logits.shape, axis, layout=_WGMMA) for axis in range(2))
-    limit = limits[-1]
-    for r in range(TILE_PAIRS - 2, -1, -1):
-        limit = jnp.where(row < (r + 1) * GROUP, limits[r], limit)
-    return jnp.where(key <= limit, logits, -jnp.inf)
+    limit = lax.shift_right_logical(limits, lax.div(row, jnp.int32(GROUP)) * LIMIT_BITS) & jnp.int32(PAGE_SIZE - 1)
+    # A thread has the same two of each COLUMNS keys, so it compares constants with two numbers of its own.
+    bits = jnp.int32(COLUMNS.bit_length() - 1)
+    last = lax.shift_right_arithmetic(limit - (key & jnp.int32(COLUMNS - 1)), bits)
+    return jnp.where(lax.shift_right_arithmetic(key, bits) <= last, logits, -jnp.inf)
 
 
 def slope_and_reference(logits: Any, factor: float) -> tuple[Any, Any]:
@@ -97,12 +103,55 @@ def multiply(weights: Any, v: Any, ones: Any, values: Any, totals: Any, weights_
     plgpu.wgmma(values, weights, v)
 
 
-def store(rows: Any, out: Any, values: Any, reference: Any, total: Any, dtype: Any) -> Any:
-    """Begin to write a tile's partial results to `out`, by way of `rows` of shared memory; the unit of each row."""
+def store(rows: Any, out: Any, values: Any, reference: Any, total: Any, dtype: Any, inline: bool) -> Any:
+    """Begin to write a tile's partial results to `out`, by way of `rows` of shared memory; the unit of each row.
+
+    inline: whether by instructions that the interpreter does not know.
+    """
     words, unit = packing.pack(values, dtype)
     rows.at[:, pl.ds(0, words.shape[1])][...] = words
     for k, statistic in enumerate((reference, total, unit), words.shape[1]):
         rows.at[:, k][...] = lax.bitcast_convert_type(statistic, jnp.int32)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(rows, out)
+    (_send if inline else plgpu.copy_smem_to_gmem)(rows, out)
     return unit
+
+
+def _send(rows: Any, out: Any) -> None:
+    """Begin to copy `rows` to where they are the first to leave the L2 cache.
+
+    Nobody reads them before the merge, by when there have been far more of them than it holds; queries come again.
+    """
+    num_bytes = math.prod(rows.shape) * 4
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
+    def emit(_ctx, *refs):
+        rows, out = refs
+        is_first = equal(arith.andi(thread(), c32(_THREADS - 1)), 0)
+        policy = ".reg .b64 policy; createpolicy.fractional.L2::evict_first.b64 policy, 1.0;"
+        copy = "cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint [$1], [$2]"
+        text = f"{{ {policy} @$0 {copy}, {num_bytes}, policy; @$0 cp.async.bulk.commit_group; }}"
+        ptx([], [is_first, global_address(out), shared_address(rows)], text, "b,l,r")
+
+    emit(rows, out)
+
+
+def any_column(columns: Any, inline: bool) -> Any:
+    """For each row what all of its COLUMNS hold. inline: as of `store`."""
+    if not inline:
+        return columns.max(axis=1)
+    layout = _WGMMA.reduce(1)
+
+    @plgpu.inline_mgpu(
+        arg_types=(_WGMMA,), return_type=plgpu.ShapeDtypeStruct((columns.shape[0],), columns.dtype, layout=layout)
+    )
+    def emit(_ctx, *arrays):
+        [columns] = arrays
+        # Each thread has two columns, and need not ask any other. Its registers are in the order of its rows.
+        rows = mgpu.FragmentedArray.splat(arith.constant(columns.mlir_dtype, 0.0), columns.shape[:1], layout.to_mgpu())
+        kind, first = rows.registers.flat[0].type, ir.DenseI64ArrayAttr.get([0])
+        for i, pair in enumerate(columns.registers.flat):
+            rows.registers.flat[i] = vector.broadcast(kind, vector.extract(pair, [], first))
+        return rows
+
+    return emit(columns)

@@ -58,7 +58,7 @@ def emulate(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     f32 = types.SimpleNamespace(F32Type=types.SimpleNamespace(get=lambda: "f32"))
     replaced = {"arith": arith, "gpu": gpu, "ir": f32, "ptx": _ptx, "_wait": _wait}
-    replaced |= dict.fromkeys(("i32", "_i64"), lambda: "int") | dict.fromkeys(("c32", "_c64"), lambda value: value)
+    replaced |= dict.fromkeys(("i32", "i64"), lambda: "int") | dict.fromkeys(("c32", "_c64"), lambda value: value)
     for name, value in replaced.items():
         monkeypatch.setattr(mosaic_gpu, name, value)
 
