@@ -1,13 +1,10 @@
 """Block-sparse attention as Pallas:Mosaic GPU kernels for Hopper: what they serve, and how they are put together.
 
 Decode: every row walks over its own pages. Prefill: every page meets the rows that chose it, and what they leave
-is merged, for some rows of one KV head at a time. While they are merged the pages meet the next rows, on most of the
-SMs: multiplying is held back by power, merging by memory.
+is merged, for some rows of the call at a time.
 """
 
 import functools
-import itertools
-from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +20,6 @@ from pallas_kernels.sparse_attention import reference
 _PAIRS = 2**19
 # Such parts that are planned at a time: together they take far fewer kernels.
 _PLANNED = 4
-# Turns that a call should take, so that most of the merging is beside something.
-_TURNS = 4
 
 
 def _why_not(q, k, block_ids, block_table) -> str | None:
@@ -98,10 +93,8 @@ def _prefill(
         heuristic = attending.TuningConfig.heuristic(top_k, num_items)
         config = tuned.config("attend_prefill", heuristic, rows=min(num_rows, rows_at_a_time), items=num_items)
     window = min(config.window, rows_at_a_time)
-    rows_at_a_time = min(rows_at_a_time, max(window, num_rows * kv_heads // _TURNS))
     rows_at_a_time = min(rows_at_a_time - rows_at_a_time % window, num_rows)
-    pairs = rows_at_a_time * top_k
-    turns = -(-num_rows // rows_at_a_time) * kv_heads
+    pairs = rows_at_a_time * kv_heads * top_k
     out = jax.new_ref(lax.empty((num_rows * kv_heads, hopper.GROUP, hopper.DIM), q.dtype))
     for first in range(0, num_rows, _PLANNED * rows_at_a_time):
         planned = slice(first, min(first + _PLANNED * rows_at_a_time, num_rows))
@@ -110,27 +103,20 @@ def _prefill(
         plan = plan._replace(units=tuple(units + first * kv_heads for units in plan.units))
         parts = -(-(planned.stop - first) // rows_at_a_time)
         attend = functools.partial(
-            attending.attend_prefill,
-            parts=parts * kv_heads,
-            pairs=pairs,
-            scale=scale,
-            config=config if turns == 1 else replace(config, ctas=min(config.ctas, config.ctas_beside)),
-            interpret=interpret,
+            attending.attend_prefill, parts=parts, pairs=pairs, scale=scale, config=config, interpret=interpret
         )
-        for part, head in itertools.product(range(parts), range(kv_heads)):
-            partials = attend(q, k, v, tails, plan, jnp.asarray([part * kv_heads + head], jnp.int32))
-            places = planning.places_of(plan, part, head, parts=parts, kv_heads=kv_heads, top_k=top_k, pairs=pairs)
+        for part in range(parts):
+            partials = attend(q, k, v, tails, plan, jnp.asarray([part], jnp.int32))
+            places = planning.places_of(plan, part, parts=parts, pairs=pairs)
             units = places.size // top_k
             merging.merge_prefill(
                 partials,
                 places,
-                jnp.asarray([(first + part * rows_at_a_time) * kv_heads + head], jnp.int32),
+                jnp.asarray([(first + part * rows_at_a_time) * kv_heads], jnp.int32),
                 out,
                 units=units,
-                stride=kv_heads,
                 top_k=top_k,
                 config=tuned.config("merge_prefill", merging.TuningConfig(), units=units, top_k=top_k),
-                beside=turns > 1,
                 interpret=interpret,
             )
     results = out[...].reshape(num_rows, kv_heads, hopper.GROUP, hopper.DIM)[:, :, :group]

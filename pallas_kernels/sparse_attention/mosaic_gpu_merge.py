@@ -13,10 +13,10 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.experimental.xla_metadata import set_xla_metadata
 
 from pallas_kernels import mosaic
 from pallas_kernels.hopper import DIM, GROUP, round_up
@@ -44,7 +44,7 @@ class TuningConfig:
             raise ValueError(f"stages={self.stages} must be 1 to 6")
 
 
-@functools.partial(jax.jit, static_argnames=("units", "stride", "top_k", "config", "beside", "interpret"))
+@functools.partial(jax.jit, static_argnames=("units", "top_k", "config", "interpret"))
 def merge_prefill(
     partials,
     places,
@@ -52,18 +52,14 @@ def merge_prefill(
     out,
     *,
     units: int,
-    stride: int,
     top_k: int,
     config: TuningConfig,
-    beside: bool,
     interpret: Any,
 ):
     """Write the results of `units` units, from what `attend_prefill` returns, into a Ref of the whole call's.
 
     places: i32[units * C], the place of each slot's partial result, 4 to a tile; -1 where a slot was not used.
-    first_unit: i32[1], of `out` [T * K, G, H], of which each unit is so many from the one before. So no call has to be
-    put together from its parts: a copy of it all.
-    beside: in a stream of its own, so that what comes next and does not need it does not wait for it.
+    first_unit: i32[1], of `out` [T * K, G, H]. So no call has to be put together from its parts: a copy of it all.
     """
     groups = -(-units // _UNITS)
     dtype = out.dtype
@@ -178,11 +174,11 @@ def merge_prefill(
             @mosaic.when(group * _UNITS + unit < units)
             def _(unit=unit):
                 rows = out_smem.at[pl.ds(unit * GROUP, GROUP)]
-                plgpu.copy_smem_to_gmem(rows, out_gmem.at[first_unit + (group * _UNITS + unit) * stride])
+                plgpu.copy_smem_to_gmem(rows, out_gmem.at[first_unit + group * _UNITS + unit])
 
         plgpu.wait_smem_to_gmem(0)
 
-    run = plgpu.kernel(
+    plgpu.kernel(
         merge,
         out_type=[],
         grid=(groups,),
@@ -196,10 +192,4 @@ def merge_prefill(
         ],
         compiler_params=mosaic.compiler_params(approx_math=True, unsafe_no_auto_barriers=True),
         **({} if interpret is None else {"interpret": interpret}),
-    )
-    # XLA puts a call that says so into a stream of its own; of the interpreter there is none.
-    metadata = {"_xla_stream_annotation": "1", "inlineable": "false"} if beside and interpret is None else {}
-    with set_xla_metadata(**metadata):
-        jax.jit(lambda *args: run(*args))(
-            partials, places, slots, first_unit, jnp.asarray([packing.mask_of(dtype)], jnp.int32), out
-        )
+    )(partials, places, slots, first_unit, np.asarray([packing.mask_of(dtype)], np.int32), out)

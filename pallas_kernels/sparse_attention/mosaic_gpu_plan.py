@@ -170,14 +170,10 @@ def plan(
     )
 
 
-def places_of(
-    plan: Plan, part: int, head: int, *, parts: int, kv_heads: int, top_k: int, pairs: int
-) -> Int32[Array, " pairs"]:
-    """The places of a part's pairs of one KV head, from their first tile on; less than 0 of one that takes no part.
+def places_of(plan: Plan, part: int, *, parts: int, pairs: int) -> Int32[Array, " pairs"]:
+    """The places of a part's pairs from its first tile on; less than 0 that of one that takes no part.
 
-    pairs: of a part and a head, of which the last part may have fewer.
+    pairs: of a part, of which the last may have fewer.
     """
-    places = plan.places[part * pairs * kv_heads : (part + 1) * pairs * kv_heads]
-    places = places.reshape(-1, kv_heads, top_k)[:, head].reshape(-1)
-    keys = (part * kv_heads + head) * plan.ends.shape[0] // (parts * kv_heads)
-    return places - plan.ends[keys - 1] * TILE_PAIRS if keys > 0 else places
+    places = plan.places[part * pairs : (part + 1) * pairs]
+    return places - plan.ends[part * plan.ends.shape[0] // parts - 1] * TILE_PAIRS if part > 0 else places

@@ -48,22 +48,17 @@ _LEAST_TOTAL, _MOST_TOTAL, _MOST_UNIT = 2.0**-40, 2.0**60, 2.0**100
 
 @dataclass(frozen=True)
 class TuningConfig:
-    """window: of the plan. chunk: tiles that a CTA takes at a time. ctas: one for each SM.
-
-    ctas_beside: as many at most, if another part is merged meanwhile, on the SMs that are left.
-    """
+    """window: of the plan. chunk: tiles that a CTA takes at a time. ctas: one for each SM."""
 
     CANDIDATES: ClassVar = {"window": (2048, 4096, 8192), "chunk": (24, 48, 96)}
 
     window: int = 2048
     chunk: int = 48
     ctas: int = NUM_SMS
-    ctas_beside: int = NUM_SMS - 16
 
     def __post_init__(self) -> None:
-        for name in ("ctas", "ctas_beside"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.ctas < 1:
+            raise ValueError(f"ctas={self.ctas} must be at least 1")
         # A warpgroup looks two of its tiles ahead, into the next chunk at most.
         if self.chunk < 2 * _WARPGROUPS or self.chunk % _WARPGROUPS:
             raise ValueError(f"chunk={self.chunk} must be a multiple of {_WARPGROUPS} from {2 * _WARPGROUPS} on")

@@ -72,7 +72,7 @@ def test_plan(
         assert list(runs[run]) == [head, pages[item], tail[item]]
         part, row = divmod(row, rows_at_a_time)
         met.append((run, (part, head, row // window, item)))
-        parts_of_tiles.append((part * heads + head, tile))
+        parts_of_tiles.append((part, tile))
         members.append(place)
     assert len(set(members)) == len(members)
     # One run for each page of a part, a head and a window, in their order, and no more tiles than their pairs fill.
@@ -80,16 +80,14 @@ def test_plan(
     sizes = np.bincount([run for run, _ in met])
     assert num_tiles == np.sum(-(-sizes // TILE_PAIRS))
     assert set(np.array(members) // TILE_PAIRS) == set(range(num_tiles))
-    # The tiles of a part and a head follow one another, and their places count from the first of them.
+    # The tiles of a part follow one another, and its places count from the first of them.
     parts = -(-rows // rows_at_a_time)
-    pairs = rows_at_a_time * top_k
-    part_ends = [0, *np.asarray(found.ends).reshape(parts * heads, -1)[:, -1]]
+    pairs = rows_at_a_time * heads * top_k
+    part_ends = [0, *np.asarray(found.ends).reshape(parts, -1)[:, -1]]
     for part, tile in parts_of_tiles:
         assert part_ends[part] <= tile < part_ends[part + 1]
-    for turn, (part, head) in enumerate(np.ndindex(parts, heads)):
-        expected = places.reshape(rows, heads, top_k)[
-            part * rows_at_a_time : (part + 1) * rows_at_a_time, head
-        ].reshape(-1)
-        own = np.asarray(places_of(found, part, head, parts=parts, kv_heads=heads, top_k=top_k, pairs=pairs))
-        np.testing.assert_array_equal(own[expected >= 0], expected[expected >= 0] - part_ends[turn] * TILE_PAIRS)
+    for part in range(parts):
+        expected = places[part * pairs : (part + 1) * pairs]
+        own = np.asarray(places_of(found, part, parts=parts, pairs=pairs))
+        np.testing.assert_array_equal(own[expected >= 0], expected[expected >= 0] - part_ends[part] * TILE_PAIRS)
         assert (own[expected < 0] < 0).all()
