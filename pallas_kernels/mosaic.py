@@ -3,6 +3,7 @@
 # jax does not export every name of Mosaic GPU, and calls its transforms abstract.
 # pyright: reportPrivateImportUsage=false, reportAbstractUsage=false
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -71,9 +72,10 @@ def meet(cluster_barrier: Any) -> None:
     plgpu.barrier_wait(cluster_barrier)
 
 
-def halved(combine: Callable, values: Any) -> Any:
-    """[R, C] as [R, COLUMNS], halves combined again and again: otherwise a row is reduced by one long chain."""
-    while values.shape[1] > COLUMNS:
-        half = values.shape[1] // 2
-        values = combine(values[:, :half], values[:, half:])
-    return values
+def folded(combine: Callable, values: Any) -> Any:
+    """[R, C] as [R, COLUMNS], combined one after the other: of integers Hopper finds the largest of three at once.
+
+    Otherwise a thread's part of a row is reduced by one long chain.
+    """
+    columns = (values[:, first : first + COLUMNS] for first in range(0, values.shape[1], COLUMNS))
+    return functools.reduce(combine, columns)

@@ -10,7 +10,6 @@ A row: words_of(dtype) words; then, as float32, the reference and the total of i
 reference)) of logits in base 2, and the unit of its numbers; then nothing up to row_words_of(dtype).
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -19,7 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float32, Int32
 
 from pallas_kernels.hopper import DIM
-from pallas_kernels.mosaic import COLUMNS
+from pallas_kernels.mosaic import COLUMNS, folded
 
 _WORD = 32
 # Of float32: bits behind the point, and what 1 and 2 ** 23 are kept as. From there on all numbers are whole.
@@ -76,9 +75,7 @@ def pack(values: Float32[Array, "R H"], dtype: Any) -> tuple[Int32[Array, "R W"]
     half, spare = 2 ** (bits - 1), _WORD % bits
     # Numbers that are not negative are in the order of their bits, of which Hopper compares three at a time.
     largest = lax.max(*(lax.abs(values[:, first : first + DIM // 2]) for first in (0, DIM // 2)))
-    largest = lax.bitcast_convert_type(largest, jnp.int32)
-    columns = [largest[:, first : first + COLUMNS] for first in range(0, DIM // 2, COLUMNS)]
-    largest = functools.reduce(lax.max, columns).max(axis=1)
+    largest = folded(lax.max, lax.bitcast_convert_type(largest, jnp.int32)).max(axis=1)
     largest = lax.max(lax.bitcast_convert_type(largest, jnp.float32), jnp.float32(half * _LEAST))
     # Takes fewer instructions than a quotient, which is guarded against numbers that are not among these.
     root = lax.rsqrt(largest)

@@ -10,11 +10,11 @@ A softmax takes the largest logit off all of them lest a weight overflows, or al
 to that, nothing has to be taken off and no largest one looked for, which is a twentieth of the time. So a CTA does
 without at first; if anything that it found was not within bounds, it computes all of its tiles anew.
 
-What limits it on an H200 is power rather than any one unit: at 8 K tokens and 64 heads the SMs run at 1.65 to 1.7 GHz
-of 1.98. What leaves as much to do made nothing quicker, however it was arranged: turns at the products, four
-warpgroups, two that have a product of one tile and the exponentials of another under way at once, results that leave
-later. What leaves less to do did: fewer instructions to pack and to mask, and results that leave the L2 cache before
-the queries, which come again.
+What limits it on an H200 seems to be power rather than any one unit: the SMs' clock is well below its highest
+meanwhile, and rises with what is left out. What leaves as much to do made nothing quicker, however it was arranged:
+turns at the products, four warpgroups, two that have a product of one tile and the exponentials of another under way
+at once, results that leave later. What leaves less to do did: fewer instructions to pack and to mask, and results that
+leave the L2 cache before the queries, which come again.
 """
 
 # jax does not export every name of Mosaic GPU.

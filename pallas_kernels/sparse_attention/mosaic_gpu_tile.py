@@ -18,7 +18,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, vector
 
 from pallas_kernels.hopper import DIM, GROUP, PAGE_SIZE, round_up
-from pallas_kernels.mosaic import COLUMNS, TILING, full, halved, spread
+from pallas_kernels.mosaic import COLUMNS, TILING, folded, full, spread
 from pallas_kernels.mosaic_inline import c32, equal, global_address, ptx, shared_address, thread
 from pallas_kernels.sparse_attention import mosaic_gpu_partials as packing
 from pallas_kernels.sparse_attention.mosaic_gpu_plan import LIMIT_BITS, TILE_PAIRS
@@ -79,7 +79,7 @@ def slope_and_reference(logits: Any, factor: float) -> tuple[Any, Any]:
     nothing: such logits are so far apart, or equal, that it does not matter by how much. It is not less than the
     factor, so that the order of references is that of the largest logits.
     """
-    largest = halved(jnp.maximum, logits).max(axis=1)
+    largest = folded(jnp.maximum, logits).max(axis=1)
     is_huge = jnp.abs(largest) > _HUGE / factor
     slope = jnp.where(is_huge, each(2.0 ** math.ceil(math.log2(factor))), each(factor))
     return slope, largest * slope

@@ -24,7 +24,7 @@ from pallas_kernels.index_topk import mosaic_gpu as index
 from pallas_kernels.index_topk import mosaic_gpu_choose as choosing
 from pallas_kernels.index_topk import mosaic_gpu_choose_prefill as choosing_prefill
 from pallas_kernels.index_topk.shares import Shares
-from pallas_kernels.mosaic import halved
+from pallas_kernels.mosaic import folded
 from pallas_kernels.norm_rope_cache import mosaic_gpu as norm_rope
 from pallas_kernels.paged_attention import mosaic_gpu as paged
 from pallas_kernels.skinny_matmul import mosaic_gpu as skinny
@@ -183,9 +183,9 @@ def attention_prefill_bounds() -> None:
 
     def spoil(operation, logits):
         """For the largest logit, which only the second attempt looks for."""
-        return halved(operation, logits) * jnp.nan
+        return folded(operation, logits) * jnp.nan
 
-    with mock.patch.object(tiles, "halved", spoil):
+    with mock.patch.object(tiles, "folded", spoil):
         jax.clear_caches()
         first, *others = attend()
     jax.clear_caches()
