@@ -227,7 +227,7 @@ def _compiled(call: _Call) -> dict[str, int]:
 
 # Of Hopper's prefill kernels: partial results held at a time, and bytes of one, 16 heads of so many words for bfloat16
 # and for float16. See `pallas_kernels.sparse_attention.mosaic_gpu_partials`.
-PARTIALS, PARTIAL_BYTES, WIDE_PARTIAL_BYTES = 2**19, 16 * 44 * 4, 16 * 64 * 4
+PARTIALS, PARTIAL_BYTES, WIDE_PARTIAL_BYTES = 2**19, 16 * 42 * 4, 16 * 64 * 4
 # What a decode step's kernels leave for each other; XLA reserves 1 to 32 MB for it.
 DECODE_BYTES = 16 * MiB
 

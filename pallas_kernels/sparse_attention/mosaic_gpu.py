@@ -16,7 +16,7 @@ from pallas_kernels.dispatch import Implementation
 from pallas_kernels.rows import prefill_rows
 from pallas_kernels.sparse_attention import reference
 
-# (token, KV head, slot) of which partial results are held at a time, 2.75 KiB each, or 4 of float16.
+# (token, KV head, slot) of which partial results are held at a time, 2.625 KiB each, or 4 of float16.
 _PAIRS = 2**19
 # Such parts that are planned at a time: together they take far fewer kernels.
 _PLANNED = 4

@@ -13,8 +13,9 @@ without at first; if anything that it found was not within bounds, it computes a
 What limits it on an H200 seems to be power rather than any one unit: the SMs' clock is well below its highest
 meanwhile, and rises with what is left out. What leaves as much to do made nothing quicker, however it was arranged:
 turns at the products, four warpgroups, two that have a product of one tile and the exponentials of another under way
-at once, results that leave later. What leaves less to do did: fewer instructions to pack and to mask, and results that
-leave the L2 cache before the queries, which come again.
+at once, results that leave later, merging them meanwhile on SMs of its own or between the tiles. What leaves less to do
+did: fewer instructions to pack and to mask, smaller results, and such as leave the L2 cache before the queries, which
+come again.
 """
 
 # jax does not export every name of Mosaic GPU.
@@ -91,10 +92,11 @@ def attend_prefill(
     q [T, K, G, H]; k, v [P, K, S, H]; tails [B, K, S, H], the last page of each sequence without its unused slots.
     part: i32[1], so that one kernel serves them all.
     Returns i32[tiles, 4 * G, row words] as `mosaic_gpu_partials` says, from the part's first tile on. What belongs to
-    no pair holds anything.
+    no pair holds anything, but for the last tile, which says that there is nothing.
     """
     max_tiles = plan.tile_run.shape[0]
     keys = plan.ends.shape[0] // parts
+    out_tiles = most_tiles(pairs, keys) + 1
     factor = scale * math.log2(math.e)
     dtype = q.dtype
     row_words = packing.row_words_of(dtype)
@@ -267,6 +269,13 @@ def attend_prefill(
             def slot_of(i):
                 return wg * _TILES + lax.rem(i, jnp.int32(_TILES))
 
+            # Found once: it takes a quotient.
+            firsts = [tiles.first_row(wg * _TILES + i, dtype) for i in range(_TILES)]
+
+            def rows_of(i):
+                first = jnp.where(lax.rem(i, jnp.int32(_TILES)) == 0, *firsts)
+                return rows_smem.at[pl.ds(first, tiles.ROWS)]
+
             def go_on(visit, to):
                 """Give pages back and wait for the next one, from one visit to another."""
 
@@ -322,7 +331,7 @@ def attend_prefill(
                 accs = [plgpu.ACC((tiles.ROWS, width), jnp.float32) for width in (DIM, tiles.ONES[0])]
                 values, totals = pl.run_scoped(multiply_v, *accs)
                 total = tiles.any_column(totals, inline)
-                rows = rows_smem.at[pl.ds(tiles.first_row(slot_of(i), dtype), tiles.ROWS)]
+                rows = rows_of(i)
                 out = out_gmem.at[number - first_of_part]
                 unit = tiles.store(rows, out, values, reference, total, dtype, inline)
                 least = jnp.minimum(least, total)
@@ -352,7 +361,7 @@ def attend_prefill(
                 # Nothing is brought, and nothing stored, where something is still on its way from.
                 plgpu.wait_smem_to_gmem(0)
                 is_within = jnp.logical_and(least >= _LEAST_TOTAL, most <= _MOST_TOTAL)
-                first = tiles.first_row(slot_of(jnp.int32(0)), dtype)
+                first = firsts[0]
                 is_beyond = jnp.where(is_within, each(0, jnp.int32), each(1, jnp.int32))
                 rows_smem.at[pl.ds(first, tiles.ROWS), 0][...] = is_beyond
                 plgpu.commit_smem()
@@ -370,6 +379,13 @@ def attend_prefill(
 
             plgpu.barrier_wait(ones_barrier)
             try_all(consume)
+
+            # The last one has the fewest tiles.
+            @when(jnp.logical_and(cta == config.ctas - 1, wg == 0))
+            def _():
+                rows = rows_smem.at[pl.ds(0, tiles.ROWS)]
+                tiles.store_nothing(rows, out_gmem.at[out_tiles - 1], dtype, inline)
+                plgpu.wait_smem_to_gmem(0)
 
     page = plgpu.SMEM((_PAGES, PAGE_SIZE, DIM), dtype, transforms=TILING)
     queries_and_rows = tiles.queries_and_results(_WARPGROUPS * _TILES, dtype)
@@ -393,7 +409,7 @@ def attend_prefill(
         scratch.append(plgpu.SMEM((_WARPGROUPS, tiles.ROWS, PAGE_SIZE), dtype, transforms=TILING))
     return plgpu.kernel(
         attend,
-        out_type=jax.ShapeDtypeStruct((most_tiles(pairs, keys), tiles.ROWS, row_words), jnp.int32),
+        out_type=jax.ShapeDtypeStruct((out_tiles, tiles.ROWS, row_words), jnp.int32),
         grid=(config.ctas,),
         grid_names=("cta",),
         num_threads=_WARPGROUPS + 1,

@@ -17,7 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, vector
 
-from pallas_kernels.hopper import DIM, GROUP, PAGE_SIZE, round_up
+from pallas_kernels.hopper import DIM, GROUP, PAGE_SIZE
 from pallas_kernels.mosaic import COLUMNS, TILING, folded, full, spread
 from pallas_kernels.mosaic_inline import c32, equal, global_address, ptx, shared_address, thread
 from pallas_kernels.sparse_attention import mosaic_gpu_partials as packing
@@ -34,13 +34,14 @@ _THREADS = 128
 _HUGE = 2.0**24
 
 
-def first_row(slot, dtype: Any):
+def first_row(slot: Any, dtype: Any) -> Any:
     """Where a tile's rows of results begin, in an array of such rows, to lie within a slot of the array of queries.
 
-    At a multiple of the 128 bytes that the copy engine asks for.
+    At the slot's first multiple of the 128 bytes that the copy engine asks for.
     """
     row = 4 * packing.row_words_of(dtype)
-    return slot * round_up(-(-ROWS * DIM * 2 // row), 128 // math.gcd(128, row))
+    rows = 128 // math.gcd(128, row)
+    return (slot * (ROWS * DIM * 2) + (rows * row - 1)) // (rows * row) * rows
 
 
 def queries_and_results(slots: int, dtype: Any) -> tuple[Any, Any]:
@@ -109,12 +110,23 @@ def store(rows: Any, out: Any, values: Any, reference: Any, total: Any, dtype: A
     inline: whether by instructions that the interpreter does not know.
     """
     words, unit = packing.pack(values, dtype)
+    _begin(rows, out, words, packing.pack_statistics(reference, total, unit), inline)
+    return unit
+
+
+def store_nothing(rows: Any, out: Any, dtype: Any, inline: bool) -> None:
+    """As `store`, what says that there is nothing."""
+    num_words = packing.words_of(dtype)
+    reference = lax.bitcast_convert_type(each(packing.LOWEST), jnp.int32)
+    _begin(rows, out, full((ROWS, num_words), 0, jnp.int32, _WGMMA), (reference, each(0, jnp.int32)), inline)
+
+
+def _begin(rows: Any, out: Any, words: Any, statistics: Any, inline: bool) -> None:
     rows.at[:, pl.ds(0, words.shape[1])][...] = words
-    for k, statistic in enumerate((reference, total, unit), words.shape[1]):
-        rows.at[:, k][...] = lax.bitcast_convert_type(statistic, jnp.int32)
+    for k, word in enumerate(statistics, words.shape[1]):
+        rows.at[:, k][...] = word
     plgpu.commit_smem()
     (_send if inline else plgpu.copy_smem_to_gmem)(rows, out)
-    return unit
 
 
 def _send(rows: Any, out: Any) -> None:

@@ -20,7 +20,7 @@ def unpacked(words, unit, dtype) -> np.ndarray:
     groups = packing.unpack(words, dtype, jnp.int32(packing.mask_of(dtype)))
     numbers = np.concatenate([np.asarray(group, np.float64) for group in groups], axis=1)
     with np.errstate(invalid="ignore"):
-        return (numbers - packing.middle_of(dtype)) * np.asarray(unit, np.float64)[:, None]
+        return (numbers - packing.middle_of(dtype)) * packing.step_of(dtype) * np.asarray(unit, np.float64)[:, None]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -34,18 +34,23 @@ def test_half_a_step_is_lost(dtype):
     assert words.shape[1] == packing.words_of(dtype)
     error = np.abs(unpacked(words, unit, dtype) - values).max(axis=1)
     largest = np.abs(values).max(axis=1)
+    assert (unit >= largest).all()
+    assert (np.asarray(unit)[largest > 0] < largest[largest > 0] * 17 / 16).all()
     # In float32, hence a little more.
-    np.testing.assert_array_less(error, largest * (0.5 / MOST[dtype] + 1e-6) + 1e-37)
+    np.testing.assert_array_less(error, np.asarray(unit, np.float64) * (0.5 / MOST[dtype] + 1e-6) + 1e-37)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_steps_come_back_as_they_were(dtype):
     most = MOST[dtype]
     values = np.random.default_rng(0).integers(-most, most + 1, (512, DIM))
-    values[:, 7] = most
-    values[:, 120] = -most
+    # A unit: in float32 all bits behind the fourth of the fraction are set.
+    values = values * (np.nextafter(np.float32(17 / 16), np.float32(0)) / most)
+    values[:, 7] = np.nextafter(np.float32(17 / 16), np.float32(0))
+    values[:, 120] = -values[:, 7]
     words, unit = packing.pack(jnp.asarray(values, jnp.float32), dtype)
-    np.testing.assert_allclose(unpacked(words, unit, dtype), values, atol=0.01)
+    np.testing.assert_array_equal(unit, np.float32(values[:, 7]))
+    np.testing.assert_allclose(unpacked(words, unit, dtype), values, atol=0.01 / most)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -55,8 +60,32 @@ def test_a_row_that_is_not_finite_stays_so(dtype, value):
     values[1, 100] = value
     words, unit = packing.pack(jnp.asarray(values), dtype)
     assert np.isfinite(unit[0])
-    assert not np.isfinite(unit[1])
-    np.testing.assert_allclose(unpacked(words, unit, dtype)[0], 1, rtol=1e-5)
+    assert np.isnan(unit[1])
+    np.testing.assert_allclose(unpacked(words, unit, dtype)[0], 1, rtol=0.54 / MOST[dtype])
+
+
+def test_statistics():
+    """A unit comes back as it was, and a total with 12 bits of its fraction; what is not finite as a NaN."""
+    rng = np.random.default_rng(0)
+    reference, total, largest = (rng.uniform(1, 2, 999) * 2.0 ** rng.integers(-60, 60, 999) for _ in range(3))
+    largest[0], total[1] = np.inf, np.nan
+    reference[2] = packing.LOWEST
+    reference, total, largest = (x.astype(np.float32) for x in (reference, total, largest))
+    _, unit = packing.pack(jnp.asarray(np.repeat(largest[:, None], DIM, axis=1)), jnp.bfloat16)
+    words = packing.pack_statistics(jnp.asarray(reference), jnp.asarray(total), unit)
+    found = [np.asarray(x) for x in packing.unpack_statistics(*words)]
+    np.testing.assert_array_equal(found[0], reference)
+    np.testing.assert_allclose(found[1], total, rtol=2.0**-13)
+    np.testing.assert_array_equal(found[2], unit)
+    assert np.isnan(found[1][1])
+    assert np.isnan(found[2][0])
+
+
+def test_nothing_adds_nothing():
+    """Words of zeros, of which no unit counts beside a weight of 1, and no total is taken for one."""
+    _, total, unit = packing.unpack_statistics(jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.int32))
+    assert 0 <= total[0] < packing.NO_TOTAL
+    assert 0 <= unit[0] < packing.NO_TOTAL
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -73,7 +102,7 @@ def test_any_words_are_finite_numbers(dtype):
 def test_results_lie_within_their_slot(dtype):
     """Other slots hold queries that have not been multiplied yet."""
     row = 4 * packing.row_words_of(dtype)
-    assert packing.words_of(dtype) + 3 <= packing.row_words_of(dtype)
+    assert packing.words_of(dtype) + 2 <= packing.row_words_of(dtype)
     slot_bytes = 64 * DIM * 2
     for slot in range(prefill._WARPGROUPS * prefill._TILES):
         first = tiles.first_row(slot, dtype) * row
