@@ -26,8 +26,8 @@ _FRACTION = 23
 _ONE, _WHOLE = 0x3F800000, 0x4B000000
 # A step: there is nothing but zeros below it.
 _LEAST = 2.0**-126
-# The reference of a row that nothing was found for: finite, so that no difference of two references is NaN. Its words
-# are zeros, of which its total is less than any other.
+# The reference of a row that says that there is nothing: finite, so that no difference of two references is NaN. All
+# else in it is zeros, of which `unpack_statistics` makes a total that is less than this, and than that of any other.
 LOWEST = float(jnp.finfo(jnp.float32).min)
 NO_TOTAL = 2.0**-100
 # Of the bits of a unit's float32, which is not negative, those that are kept: behind the exponent 4. All others are

@@ -115,10 +115,9 @@ def store(rows: Any, out: Any, values: Any, reference: Any, total: Any, dtype: A
 
 
 def store_nothing(rows: Any, out: Any, dtype: Any, inline: bool) -> None:
-    """As `store`, what says that there is nothing."""
-    num_words = packing.words_of(dtype)
-    reference = lax.bitcast_convert_type(each(packing.LOWEST), jnp.int32)
-    _begin(rows, out, full((ROWS, num_words), 0, jnp.int32, _WGMMA), (reference, each(0, jnp.int32)), inline)
+    """As `store`, what says that there is nothing, for unused slots to bring to the merge."""
+    words = full((ROWS, packing.words_of(dtype)), 0, jnp.int32, _WGMMA)
+    _begin(rows, out, words, packing.pack_statistics(each(packing.LOWEST), each(0.0), each(0.0)), inline)
 
 
 def _begin(rows: Any, out: Any, words: Any, statistics: Any, inline: bool) -> None:

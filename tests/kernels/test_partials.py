@@ -14,6 +14,8 @@ from pallas_kernels.sparse_attention import mosaic_gpu_tile as tiles
 DTYPES = (jnp.bfloat16, jnp.float16)
 # The last of the steps that a row's largest number has.
 MOST = {jnp.bfloat16: 511, jnp.float16: 8191}
+# A largest number that is a unit as it stands: in float32 all bits behind the fourth of the fraction are set.
+UNIT = np.nextafter(np.float32(17 / 16), np.float32(0))
 
 
 def unpacked(words, unit, dtype) -> np.ndarray:
@@ -44,24 +46,23 @@ def test_half_a_step_is_lost(dtype):
 def test_steps_come_back_as_they_were(dtype):
     most = MOST[dtype]
     values = np.random.default_rng(0).integers(-most, most + 1, (512, DIM))
-    # A unit: in float32 all bits behind the fourth of the fraction are set.
-    values = values * (np.nextafter(np.float32(17 / 16), np.float32(0)) / most)
-    values[:, 7] = np.nextafter(np.float32(17 / 16), np.float32(0))
-    values[:, 120] = -values[:, 7]
-    words, unit = packing.pack(jnp.asarray(values, jnp.float32), dtype)
-    np.testing.assert_array_equal(unit, np.float32(values[:, 7]))
-    np.testing.assert_allclose(unpacked(words, unit, dtype), values, atol=0.01 / most)
+    values[:, 7] = most
+    values[:, 120] = -most
+    step = np.float64(UNIT) / most
+    words, unit = packing.pack(jnp.asarray(values * step, jnp.float32), dtype)
+    np.testing.assert_array_equal(unit, UNIT)
+    np.testing.assert_allclose(unpacked(words, unit, dtype) / step, values, atol=0.01)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_a_row_that_is_not_finite_stays_so(dtype, value):
-    values = np.ones((2, DIM), np.float32)
+    values = np.full((2, DIM), UNIT)
     values[1, 100] = value
     words, unit = packing.pack(jnp.asarray(values), dtype)
     assert np.isfinite(unit[0])
     assert np.isnan(unit[1])
-    np.testing.assert_allclose(unpacked(words, unit, dtype)[0], 1, rtol=0.54 / MOST[dtype])
+    np.testing.assert_allclose(unpacked(words, unit, dtype)[0], UNIT, rtol=1e-5)
 
 
 def test_statistics():
