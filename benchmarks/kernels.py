@@ -3,6 +3,7 @@
     python benchmarks/kernels.py [--vllm FOLDER] [--cases TEXT] [--implementation triton] [--output FILE]
 
 FOLDER holds index_topk.py and sparse_attn.py out of a vLLM wheel (vllm/models/minimax_m3/common/ops of 0.33.0).
+Of decode, choice and attention are one operation, as the model calls it; of prefill they are timed apart.
 A case is run over several block tables of one pool of pages, together larger than the L2 cache, in one jitted call
 (ours) and in one CUDA graph (vLLM's). `call` is the time of the whole call over the number of tables, the host's work
 included, and `kernels` the sum of the kernels' durations as CUPTI gives them. Medians, in microseconds.
@@ -225,7 +226,10 @@ def calls(case: Decode | Prefill, implementation: str = MOSAIC_GPU) -> dict[str,
     """What is timed, as functions of `inputs` and, for the attention alone, of "ids": the chosen blocks."""
     import jax
 
+    import pallas_kernels as ops
+
     topk, attend = operations(case, implementation)
+    topk_and_attend = functools.partial(ops.index_sparse_attention_decode, top_k=TOP_K, impl=implementation)
 
     def index(a):
         return topk(a["index_q"], a["index_k"], a["tables"][0], *a["lengths"])
@@ -237,8 +241,7 @@ def calls(case: Decode | Prefill, implementation: str = MOSAIC_GPU) -> dict[str,
         q, index_q = a["q"], a["index_q"]
         # Each table's call waits for the one before, as the layers of a model do.
         for table in a["tables"]:
-            ids = topk(index_q, a["index_k"], table, *a["lengths"])
-            q = attend(q, a["k"], a["v"], ids, table, *a["lengths"])
+            q, _ = topk_and_attend(index_q, a["index_k"], q, a["k"], a["v"], table, *a["lengths"])
             index_q, q = jax.lax.optimization_barrier((index_q, q))
         return q
 

@@ -51,6 +51,11 @@ class Indexer(nnx.Module):
         layer = write_index_k(layer, step, k)
         return self.choose(q.reshape(-1, *q.shape[2:]), layer, step), layer
 
+    @property
+    def choice(self) -> dict[str, Any]:
+        """Options of the operations that choose."""
+        return {"top_k": self.topk_blocks, "init_blocks": self.init_blocks, "local_blocks": self.local_blocks}
+
     def choose(self, q: Float[Array, "BT K I"], layer: LayerCache, step: Step) -> Int[Array, "BT K C"]:
         """Blocks for every row, once the pass's index keys are in the cache."""
         index_k = layer.index_k
@@ -60,27 +65,25 @@ class Indexer(nnx.Module):
         arrays: list[Any] = [index_k, step.block_table, step.seq_lens]
         if not step.decode:
             arrays[2:] = step.cu_seqlens, step.seq_lens, step.context_lens
-        choice = {"top_k": self.topk_blocks, "init_blocks": self.init_blocks, "local_blocks": self.local_blocks}
-        if index_sharding.over_pages(self._scoring(rows, index_k, step)):
-            return self._choose_over_pages(rows, arrays, choice, step.decode)
-        return (index_topk_decode if step.decode else index_topk_prefill)(rows, *arrays, **choice)
+        if self.scores_over_pages(rows, index_k, step):
+            return self._choose_over_pages(rows, arrays, step.decode)
+        return (index_topk_decode if step.decode else index_topk_prefill)(rows, *arrays, **self.choice)
 
-    def _choose_over_pages(
-        self, q: Float[Array, "BT K I"], arrays: list[Any], choice: dict[str, int], decode: bool
-    ) -> Int[Array, "BT K C"]:
+    def _choose_over_pages(self, q: Float[Array, "BT K I"], arrays: list[Any], decode: bool) -> Int[Array, "BT K C"]:
         """The same, each device along `tensor` scoring its share of the blocks for the heads of all of them."""
         own_heads, devices = q.shape[1], axis_size("tensor")
         find: Any = index_candidates_decode if decode else index_candidates_prefill
         # A head that several devices hold is theirs to score once: "kv" passes over its copies.
-        found = find(all_gather(q, "kv", 1), *arrays, axis_index("tensor"), num_shares=devices, **choice)
+        found = find(all_gather(q, "kv", 1), *arrays, axis_index("tensor"), num_shares=devices, **self.choice)
         # To each device the candidates of its heads, and to those with the same heads the same.
         groups = axis_size("kv")
         for_device = jnp.moveaxis(found.reshape(-1, groups, own_heads, 2, self.topk_blocks), 1, 0)
         return merge_candidates(all_to_all(jnp.repeat(for_device, devices // groups, axis=0), "tensor"))
 
-    def _scoring(self, rows: Array, index_k: Array, step: Step) -> index_sharding.Scoring:
+    def scores_over_pages(self, rows: Float[Array, "BT K I"], index_k: Array, step: Step) -> bool:
+        """Whether each device along `tensor` scores a share of the blocks, instead of all for its own heads."""
         sequences, blocks = step.block_table.shape
-        return index_sharding.Scoring(
+        scoring = index_sharding.Scoring(
             rows=rows.shape[0],
             sequences=sequences,
             context=blocks * index_k.shape[1],
@@ -92,3 +95,4 @@ class Indexer(nnx.Module):
             top_k=self.topk_blocks,
             decode=step.decode,
         )
+        return index_sharding.over_pages(scoring)

@@ -8,6 +8,7 @@ implementations behind it (see `pallas_kernels.dispatch`).
 
 from pallas_kernels.all_reduce import all_reduce
 from pallas_kernels.grouped_matmul import grouped_matmul, grouped_swiglu
+from pallas_kernels.index_sparse_attention import index_sparse_attention_decode
 from pallas_kernels.index_topk import (
     index_score_decode,
     index_score_prefill,
@@ -26,6 +27,7 @@ __all__ = [
     "grouped_swiglu",
     "index_score_decode",
     "index_score_prefill",
+    "index_sparse_attention_decode",
     "index_topk_decode",
     "index_topk_prefill",
     "norm_rope_cache",

@@ -86,6 +86,18 @@ def check_count(name: str, value: Any, least: int) -> None:
         raise ValueError(f"{name}={value} must be at least {least}")
 
 
+def check_choice(top_k: Any, init_blocks: Any, local_blocks: Any) -> None:
+    """Raise TypeError or ValueError unless so many blocks can be chosen, of which some are forced."""
+    check_count("top_k", top_k, 1)
+    check_count("init_blocks", init_blocks, 0)
+    check_count("local_blocks", local_blocks, 0)
+    if init_blocks + local_blocks > top_k:
+        raise ValueError(
+            f"init_blocks={init_blocks} + local_blocks={local_blocks} must be at most top_k={top_k}: "
+            "forced blocks count within the choice"
+        )
+
+
 def scale_of(scale: Any, head_dim: int) -> float:
     """The factor of the logits: `scale`, or head_dim ** -0.5 for None.
 

@@ -99,7 +99,7 @@ def index_topk_prefill(
     Raises as `index_score_prefill`; ValueError also for init_blocks + local_blocks > top_k.
     """
     _check(index_q, index_k, block_table, seq_lens, cu_seqlens=cu_seqlens, context_lens=context_lens)
-    _check_choice(top_k, init_blocks, local_blocks)
+    checks.check_choice(top_k, init_blocks, local_blocks)
     return OPERATIONS["index_topk_prefill"](
         index_q,
         index_k,
@@ -140,7 +140,7 @@ def index_candidates_prefill(
     Raises as `index_topk_prefill`; ValueError also for num_shares below 1.
     """
     _check(index_q, index_k, block_table, seq_lens, cu_seqlens=cu_seqlens, context_lens=context_lens)
-    _check_choice(top_k, init_blocks, local_blocks)
+    checks.check_choice(top_k, init_blocks, local_blocks)
     _check_share(share, num_shares)
     return OPERATIONS["index_candidates_prefill"](
         index_q,
@@ -191,7 +191,7 @@ def index_topk_decode(
     Rows as in `index_score_decode`, choice as in `index_topk_prefill`.
     """
     _check(index_q, index_k, block_table, seq_lens)
-    _check_choice(top_k, init_blocks, local_blocks)
+    checks.check_choice(top_k, init_blocks, local_blocks)
     return OPERATIONS["index_topk_decode"](
         index_q,
         index_k,
@@ -222,7 +222,7 @@ def index_candidates_decode(
     Rows as in `index_score_decode`, shares and candidates as in `index_candidates_prefill`.
     """
     _check(index_q, index_k, block_table, seq_lens)
-    _check_choice(top_k, init_blocks, local_blocks)
+    checks.check_choice(top_k, init_blocks, local_blocks)
     _check_share(share, num_shares)
     return OPERATIONS["index_candidates_decode"](
         index_q,
@@ -265,17 +265,6 @@ def _check(index_q: Any, index_k: Any, block_table: Any, seq_lens: Any, **ragged
     else:
         checks.check_uniform_queries(shapes, "index_q")
     checks.check_int32(block_table=block_table, seq_lens=seq_lens, **ragged)
-
-
-def _check_choice(top_k: Any, init_blocks: Any, local_blocks: Any) -> None:
-    checks.check_count("top_k", top_k, 1)
-    checks.check_count("init_blocks", init_blocks, 0)
-    checks.check_count("local_blocks", local_blocks, 0)
-    if init_blocks + local_blocks > top_k:
-        raise ValueError(
-            f"init_blocks={init_blocks} + local_blocks={local_blocks} must be at most top_k={top_k}: "
-            "forced blocks count within the choice"
-        )
 
 
 def _check_share(share: Any, num_shares: Any) -> None:

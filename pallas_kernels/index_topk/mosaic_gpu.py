@@ -40,13 +40,11 @@ def _prefill_supported(index_q, index_k, block_table, *_lengths_and_share, top_k
 
 def _score_decode(index_q, index_k, block_table, seq_lens, *, interpret=None):
     num_rows, num_heads, _ = index_q.shape
-    num_sequences, table_width = block_table.shape
-    num_queries = num_rows // num_sequences
-    scores = _decode_table(index_q, index_k, block_table, seq_lens, *whole(block_table), interpret)
-    scores = scores[:, :table_width, : num_queries * num_heads]
-    scores = scores.reshape(num_sequences, table_width, num_queries, num_heads).transpose(0, 2, 3, 1)
+    table_width = block_table.shape[1]
+    num_queries = num_rows // block_table.shape[0]
+    scores = _decode_table(index_q, index_k, block_table, seq_lens, *whole(block_table), 1, interpret)
+    scores = scores[:, : num_queries * num_heads, :table_width].reshape(num_rows, num_heads, table_width)
     position = rows.decode_rows(num_rows, seq_lens).position
-    scores = scores.reshape(num_rows, num_heads, table_width)
     return only_visible(scores, position[:, None, None], hopper.PAGE_SIZE)
 
 
@@ -66,30 +64,41 @@ def _choose_decode(index_q, index_k, block_table, seq_lens, share, shares, *, in
     from pallas_kernels.index_topk import mosaic_gpu_choose as choosing
 
     index_q, index_k = lax.stop_gradient((index_q, index_k))
+    choice = _decode_choice(index_q, block_table, shares, **options)
+    config = _decode_choosing(index_q, shares)
+    scores = _decode_table(index_q, index_k, block_table, seq_lens, share, shares, config.blocks, interpret)
+    chosen = choosing.choose(scores, seq_lens, share, choice=choice, config=config, interpret=interpret)
+    return chosen[:, : choice.num_columns].reshape(*index_q.shape[:2], *chosen.shape[2:])
+
+
+def scores_to_choose_from(index_q, index_k, block_table, seq_lens, *, interpret=None, **options):
+    """Scores of a decode call, and by what a kernel chooses from them; None if they are more than one CTA can see."""
+    from pallas_kernels.index_topk import mosaic_gpu_choose as choosing
+
+    index_q, index_k = lax.stop_gradient((index_q, index_k))
+    share, shares = whole(block_table)
+    config = choosing.TuningConfig().fitted(shares.width)
+    if config.blocks < shares.width:
+        return None
+    chooser = choosing.Chooser(_decode_choice(index_q, block_table, shares, **options), config)
+    return _decode_table(index_q, index_k, block_table, seq_lens, share, shares, config.blocks, interpret), chooser
+
+
+def _decode_choice(index_q, block_table, shares, **options):
+    from pallas_kernels.index_topk import mosaic_gpu_choose as choosing
+
     num_rows, num_heads, _ = index_q.shape
     num_queries = num_rows // block_table.shape[0]
-    columns = num_queries * num_heads
-    choice = choosing.Choice(num_heads=num_heads, num_columns=columns, shares=shares, shift=-num_queries, **options)
-    scores = _decode_table(index_q, index_k, block_table, seq_lens, share, shares, interpret)
-    config = _decode_choosing(index_q, shares)
-    chosen = choosing.choose(scores, seq_lens, share, choice=choice, config=config, interpret=interpret)
-    return chosen[:, :columns].reshape(num_rows, num_heads, *chosen.shape[2:])
+    return choosing.Choice(num_heads, num_queries * num_heads, shares, shift=-num_queries, **options)
 
 
-def _decode_table(index_q, index_k, block_table, seq_lens, share, shares, interpret):
+def _decode_table(index_q, index_k, block_table, seq_lens, share, shares, multiple, interpret):
+    """Scores for a multiple of so many blocks."""
     from pallas_kernels.index_topk import mosaic_gpu_score_decode as scoring
 
-    num_entries = block_table.shape[0] * shares.width
+    num_blocks = hopper.round_up(shares.width, multiple)
     return scoring.score_decode(
-        index_q,
-        index_k,
-        block_table,
-        seq_lens,
-        share,
-        shares=shares,
-        num_blocks=hopper.round_up(shares.width, _decode_choosing(index_q, shares).blocks),
-        config=tuned.config("score_decode", scoring.TuningConfig.heuristic(num_entries), entries=num_entries),
-        interpret=interpret,
+        index_q, index_k, block_table, seq_lens, share, shares=shares, num_blocks=num_blocks, interpret=interpret
     )
 
 

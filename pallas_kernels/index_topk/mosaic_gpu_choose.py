@@ -1,17 +1,19 @@
 """Choice of the best blocks of a decode call on Hopper: exact top-k of each column of scores, one warpgroup a column.
 
-A score becomes a key (`keys`), and a block's rank breaks ties. A warp takes the best of its chunk of blocks: each lane
-sorts its few blocks into a list, and then, k times over: the largest of the first keys of the lists, the lowest block
-that has it, and that lane goes on to its next. Of few candidates, such as what the four warps have found, the place of
-each is the number of those that are better, all pairs at once. So it is with what several CTAs found: up to 8 are a
-cluster, of which all send it to the first one, and more leave it to a second kernel. A table of no more than 64 blocks
-begins there.
+A score becomes a key (`keys`), and a block's rank breaks ties. A warp takes the best of its blocks, every fourth one:
+each lane sorts its few blocks into a list, and then, time and again: the largest of the first keys of the lists, the
+lowest block that has it, and that lane goes on to its next. It stops short of k where the last that it gave is not
+among the k best of all, which is the rule, since chosen blocks are spread over the warps. Of few candidates, such as
+what the four warps have found, the place of each is the number of those that are better, all pairs at once. So it is
+with what several CTAs found: up to 8 are a cluster, of which all send it to the first one, and more leave it to a
+second kernel. A table of no more than 64 blocks begins there.
 """
 
 # jax does not export every name of Mosaic GPU, and calls its transforms abstract.
 # pyright: reportPrivateImportUsage=false, reportAbstractUsage=false
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -32,6 +34,8 @@ _WARPS, _LANES = 4, 32
 _LARGEST_CHUNK = 256
 # Blocks of which all pairs are compared at once.
 _FEW = 64
+# Of 16 chosen blocks that may be anywhere one of four warps has so many or more in one case of a thousand.
+_LIKELY = 11
 # [rows, warps]: rows over a warp's lanes, so that a reduction over them is one instruction.
 _LAYOUT = plgpu.Layout.TILED(plgpu.Tiling(((_LANES, _WARPS), (1,))), (-2,), (-3,), -1)
 # [candidates, candidates]: the former over the warps and 8 lanes, the latter over 4 lanes and 4 registers of each.
@@ -61,9 +65,13 @@ class Choice:
         inner = (2, self.top_k) if self.with_keys else (self.top_k,)
         return jax.ShapeDtypeStruct((slabs, self.num_columns, *inner), jnp.int32)
 
+    def block_of(self, rank: Any, blocks: int, share: Any) -> Any:
+        """The blocks of ranks in a table of so many."""
+        return jnp.where(rank >= 0, self.shares.block((blocks - 1) - rank, share), jnp.int32(-1))
+
     def write(self, out_gmem: Any, slab: Any, column: Any, key: Any, rank: Any, blocks: int, share: Any) -> None:
         """Write the best of a column, keys and ranks i32[top_k], of a table of so many blocks."""
-        block = jnp.where(rank >= 0, self.shares.block((blocks - 1) - rank, share), jnp.int32(-1))
+        block = self.block_of(rank, blocks, share)
         if self.with_keys:
             out_gmem[slab, column, 0] = key
             out_gmem[slab, column, 1] = block
@@ -98,13 +106,47 @@ class TuningConfig:
         return self.chunk * _WARPS
 
 
+@dataclass(frozen=True)
+class Chooser:
+    """A choice that the CTAs of another kernel make by themselves, with four warps, of all blocks of a table."""
+
+    choice: Choice
+    config: TuningConfig
+
+    def operand(self, scores: Any) -> Any:
+        """What the kernel is given for the scores f32[slabs, width, blocks]."""
+        return _by_warp(scores, 1, self.config)
+
+    def scratch(self) -> list[Any]:
+        """What `choose` needs."""
+        return [plgpu.SMEM((_candidates(self.choice.top_k, self.config),), jnp.int32)] * 3
+
+    def first(self, own: Any) -> Any:
+        """The block that comes first in a live row, given the row's own block, where that does not depend on scores."""
+        if self.choice.init_blocks:
+            return jnp.int32(0)
+        if self.choice.local_blocks:
+            own = jnp.minimum(own, self.choice.shares.table_width - 1)
+            return jnp.maximum(own - (self.choice.local_blocks - 1), 0)
+        return None
+
+    def choose(self, scores_gmem: Any, slab: Any, column: Any, slab_position: Any, scratch: Sequence[Any]) -> Any:
+        """The chosen blocks i32[top_k] of a column, best first and -1 where there is none."""
+        own = _own_block(column, slab_position, self.choice)
+        blocks = self.config.blocks
+        _, rank = _best(
+            scores_gmem.at[slab, column, 0], own, 0, blocks, 0, scratch, choice=self.choice, config=self.config
+        )
+        return self.choice.block_of(rank, blocks, 0)
+
+
 def choose(scores, positions, share, *, choice: Choice, config: TuningConfig, interpret: Any):
     """Choose for each column: i32[slabs, choice.num_columns, top_k], or [..., 2, top_k] with keys.
 
-    scores: f32[slabs, n * config.blocks, width]; what is invisible may hold anything. positions: i32[slabs].
+    scores: f32[slabs, width, n * config.blocks]; what is invisible may hold anything. positions: i32[slabs].
     share: i32[1].
     """
-    blocks = scores.shape[1]
+    blocks = scores.shape[2]
     found = _choose_scores(scores, positions, share, choice=choice, config=config, interpret=interpret)
     if blocks <= config.blocks * MOST_CLUSTERED:
         return found[0]
@@ -182,11 +224,12 @@ def _sorted(entries):
     return lax.fori_loop(0, half, step, (places(0), places(1)))
 
 
-def _winners(best, count: int, found_smem):
-    """Write keys and ranks of each warp's `count` best of lists, best first: place j * 4 + warp has the j-th best.
+def _winners(best, begin, end, found_smem):
+    """Write keys and ranks of each warp's best of lists, best first: place j * 4 + warp has the j-th best.
 
+    best: the lists without the first `begin` of all; returns them without the first `end`.
     A rank is distinct in a warp, larger for lower blocks, and 0 or more; invisible entries get -1.
-    found_smem: i32[count * 4] twice. A loop, since the kernel's code takes long to make.
+    found_smem: i32[end * 4 or more] twice. A loop, since the kernel's code takes long to make.
     """
     half = best[0][0].shape[0] // _LANES
 
@@ -212,7 +255,7 @@ def _winners(best, count: int, found_smem):
         found_smem[1][place] = _or_nothing(largest, rank)
         return jax.tree.map(lambda new, old: jnp.where(gives, new, old), following(best), best)
 
-    lax.fori_loop(0, count, step, best)
+    return lax.fori_loop(begin, end, step, best)
 
 
 def _or_nothing(key, rank):
@@ -250,15 +293,77 @@ def _ranked(count: int, found_smem, places_smem, places: int, with_keys: bool):
 
 def _best_of_warps(entries, found_smem, places_smem, top_k: int, with_keys: bool):
     """As `_ranked`, of entries: keys and ranks i32[n * 32, 4], a column for each warp, ranks descending in a lane."""
-    count = _kept(top_k)
-    _winners(_sorted(entries), count, found_smem)
-    plgpu.commit_smem()
-    return _ranked(count * _WARPS, found_smem, places_smem, top_k, with_keys)
+    kept, likely = _kept(top_k), _LIKELY * top_k // 16
+    lists = _sorted(entries)
+    if kept > top_k or likely * _WARPS < top_k:
+        _winners(lists, 0, kept, found_smem)
+        plgpu.commit_smem()
+        return _ranked(kept * _WARPS, found_smem, places_smem, top_k, with_keys)
+    rest = (kept - likely) * _WARPS
+    for ref, no in zip(found_smem, (keys.INVISIBLE, -1), strict=True):
+        ref[pl.ds(likely * _WARPS, rest)] = full((rest,), no, jnp.int32, _LAYOUT.reduce(0))
+
+    def look(state):
+        begin, _open, lists, *_found = state
+
+        @when(begin > 0)
+        def _():
+            plgpu.commit_smem()  # what was found before has been read
+
+        end = jnp.where(begin == 0, jnp.int32(likely), jnp.int32(kept))
+        lists = _winners(lists, begin, end, found_smem)
+        plgpu.commit_smem()
+        key, rank = _ranked(kept * _WARPS, found_smem, places_smem, top_k, with_keys)
+        # What a warp still has is worse than the last that it gave.
+        last = [(end - 1) * _WARPS + warp for warp in range(_WARPS)]
+        is_among = [jnp.logical_and(places_smem[i] < top_k, found_smem[1][i] >= 0) for i in last]
+        goes_on = jnp.logical_and(functools.reduce(jnp.logical_or, is_among), end < kept)
+        return end, jnp.where(goes_on, jnp.int32(1), jnp.int32(0)), lists, *([key] if with_keys else []), rank
+
+    empty = full((top_k,), 0, jnp.int32, _LAYOUT.reduce(0))
+    state = (jnp.int32(0), jnp.int32(1), lists, *([empty] if with_keys else []), empty)
+    _, _, _, *found = lax.while_loop(lambda state: state[1] > 0, look, state)
+    return found[0] if with_keys else None, found[-1]
 
 
 def _kept(top_k: int) -> int:
     """How many of the best each warp hands on: 32 of all four together at least."""
     return max(top_k, _LANES // _WARPS)
+
+
+def _by_warp(scores, ctas: int, config: TuningConfig):
+    """Scores f32[slabs, width, blocks] as the CTAs and their warps take them."""
+    slabs, width, _ = scores.shape
+    return scores.reshape(slabs, width, ctas, -1, *(() if config.blocks <= _FEW else (_WARPS,)))
+
+
+def _candidates(top_k: int, config: TuningConfig) -> int:
+    """Of which all pairs are compared in a CTA."""
+    return config.blocks if config.blocks <= _FEW else _kept(top_k) * _WARPS
+
+
+def _best(scores_gmem, own, first, blocks: int, share, scratch, *, choice: Choice, config, with_keys: bool = False):
+    """Keys, or None, and ranks i32[top_k] of the best of a CTA's blocks, which begin at `first` of so many.
+
+    scores_gmem: the CTA's, as `_by_warp` has them. own: the column's own block. scratch: i32[_candidates] thrice.
+    """
+    *found_smem, places_smem = scratch
+
+    def entries(scores, block):
+        block = block + first
+        return _key(scores, choice.shares.block(block, share), own, choice), (blocks - 1) - block
+
+    if config.blocks <= _FEW:
+        layout = _PAIRS.reduce(1)
+        row = plgpu.broadcasted_iota(jnp.int32, (config.blocks,), 0, layout=layout)
+        key, rank = entries(load(scores_gmem, layout), row)
+        for ref, values in zip(found_smem, (key, _or_nothing(key, rank)), strict=True):
+            ref.at[pl.ds(0, config.blocks)][...] = values
+        plgpu.commit_smem()
+        return _ranked(config.blocks, found_smem, places_smem, choice.top_k, with_keys)
+    warp = plgpu.broadcasted_iota(jnp.int32, (config.chunk, _WARPS), 1, layout=_LAYOUT)
+    found = entries(load(scores_gmem, _LAYOUT), _row(config.chunk // _LANES) * _WARPS + warp)
+    return _best_of_warps(found, found_smem, places_smem, choice.top_k, with_keys)
 
 
 @functools.partial(jax.jit, static_argnames=("choice", "config", "interpret"))
@@ -267,15 +372,14 @@ def _choose_scores(scores, positions, share, *, choice: Choice, config: TuningCo
 
     n is the number of CTAs, rounded up for `_choose_found`; what is beyond is left unwritten.
     """
-    slabs, blocks, width = scores.shape
+    slabs, _, blocks = scores.shape
     ctas = blocks // config.blocks
     columns, top_k = choice.num_columns, choice.top_k
     clustered = 1 < ctas <= MOST_CLUSTERED
     apart = ctas > MOST_CLUSTERED
     # The interpreter knows clusters, but not the shared memory of others.
     through_gmem = clustered and interpret is not None
-    few = config.blocks <= _FEW
-    in_cta = config.blocks if few else _kept(top_k) * _WARPS
+    in_cta = _candidates(top_k, config)
     in_cluster = round_up(ctas * top_k, _LANES) if clustered else 0
 
     def choose_scores(scores_gmem, positions_gmem, share_gmem, out_gmem, *refs):
@@ -288,29 +392,20 @@ def _choose_scores(scores, positions, share, *, choice: Choice, config: TuningCo
         share = choice.shares.of(share_gmem)
         slab, column, cta = lax.axis_index("slab"), lax.axis_index("column"), lax.axis_index("cta")
         own = _own_block(column, positions_gmem[slab], choice)
-        scores_gmem = scores_gmem.at[slab, cta]
-
-        def entries(scores, block):
-            block = block + cta * config.blocks
-            return _key(scores, choice.shares.block(block, share), own, choice), (blocks - 1) - block
-
-        def best(with_keys: bool):
-            if few:
-                layout = _PAIRS.reduce(1)
-                row = plgpu.broadcasted_iota(jnp.int32, (in_cta,), 0, layout=layout)
-                key, rank = entries(load(scores_gmem.at[:, column], layout), row)
-                for ref, values in zip(found_smem, (key, _or_nothing(key, rank)), strict=True):
-                    ref.at[pl.ds(0, in_cta)][...] = values
-                plgpu.commit_smem()
-                return _ranked(in_cta, found_smem, places_smem, top_k, with_keys)
-            warp = plgpu.broadcasted_iota(jnp.int32, (config.chunk, _WARPS), 1, layout=_LAYOUT)
-            found = entries(
-                load(scores_gmem.at[:, :, column].T, _LAYOUT), _row(config.chunk // _LANES) + warp * config.chunk
-            )
-            return _best_of_warps(found, found_smem, places_smem, top_k, with_keys)
+        best = functools.partial(
+            _best,
+            scores_gmem.at[slab, column, cta],
+            own,
+            cta * config.blocks,
+            blocks,
+            share,
+            (*found_smem, places_smem),
+            choice=choice,
+            config=config,
+        )
 
         if ctas == 1:
-            choice.write(out_gmem, slab, column, *best(choice.with_keys), blocks, share)
+            choice.write(out_gmem, slab, column, *best(with_keys=choice.with_keys), blocks, share)
             return
         if clustered and not through_gmem:
             cluster.expect(refs[-1], 2 * ctas * top_k, first_only=True)
@@ -367,7 +462,7 @@ def _choose_scores(scores, positions, share, *, choice: Choice, config: TuningCo
         # Else a barrier before and behind each thing that is written.
         compiler_params=compiler_params(unsafe_no_auto_barriers=True),
         **({} if interpret is None else {"interpret": interpret}),
-    )(scores.reshape(slabs, ctas, *(() if few else (_WARPS,)), -1, width), positions, share)
+    )(_by_warp(scores, ctas, config), positions, share)
 
 
 @functools.partial(jax.jit, static_argnames=("choice", "blocks", "ctas", "interpret"))

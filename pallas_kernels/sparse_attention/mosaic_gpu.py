@@ -46,14 +46,15 @@ def _prefill_supported(q, k, _v, block_ids, block_table, *_lengths, scale) -> st
     return _why_not(q, k, block_ids, block_table)
 
 
-def _decode(q, k, v, block_ids, block_table, seq_lens, *, scale, interpret=None):
+def attend_decode(q, k, v, blocks, block_table, seq_lens, *, scale, chooser=None, interpret=None):
+    """Attention to block_ids, or to what a chooser makes of scores, and that: as in `mosaic_gpu_decode`."""
     from pallas_kernels.sparse_attention import mosaic_gpu_decode as decoding
 
-    units, top_k = q.shape[0] * k.shape[1], block_ids.shape[2]
+    units, top_k = q.shape[0] * k.shape[1], blocks.shape[2] if chooser is None else chooser.choice.top_k
     heuristic = decoding.TuningConfig.heuristic(units, top_k, q.shape[1] // k.shape[1])
     config = tuned.config("attend_decode", heuristic, units=units, top_k=top_k)
     return decoding.attend_decode(
-        q, k, v, block_ids, block_table, seq_lens, scale=scale, config=config, interpret=interpret
+        q, k, v, blocks, block_table, seq_lens, scale=scale, config=config, chooser=chooser, interpret=interpret
     )
 
 
@@ -127,5 +128,5 @@ sparse_attention_prefill = Implementation(
     _prefill_supported, with_derivative_of(reference.sparse_attention_prefill.run, _prefill)
 )
 sparse_attention_decode = Implementation(
-    _decode_supported, with_derivative_of(reference.sparse_attention_decode.run, _decode)
+    _decode_supported, with_derivative_of(reference.sparse_attention_decode.run, attend_decode)
 )

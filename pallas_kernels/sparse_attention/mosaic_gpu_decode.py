@@ -24,8 +24,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic_cluster as cluster
 from pallas_kernels.hopper import DIM, MOST_CLUSTERED, NUM_SMS, PAGE_SIZE, round_up
+from pallas_kernels.index_topk.mosaic_gpu_choose import Chooser
 from pallas_kernels.mosaic import TILING, compiler_params, cond, full, load, meet, spread, when
 from pallas_kernels.sparse_attention import mosaic_gpu_decode_merge as merging
+from pallas_kernels.sparse_attention.mosaic_gpu_decode_blocks import AllBlocks, ChosenBlocks, GivenBlocks, Place
 
 _WGMMA = plgpu.Layout.WGMMA
 # A thread has one channel of every row.
@@ -40,6 +42,8 @@ _FEW_SHARES = 32
 _LARGEST_CLUSTER, _MOST_IN_SIXTEENS = 16, 64
 # So many leave each of them all the shared memory of an SM, and more bandwidth than it can take.
 _FEW_CTAS = 32
+# Entries of a block table are copied in lines of 128 bytes.
+_TABLE_LINE = 32
 # Of a row that has seen no key: finite, so that no difference of two maxima is NaN.
 _LOWEST = float(jnp.finfo(jnp.float32).min)
 
@@ -103,18 +107,34 @@ class TuningConfig:
         return cls(shares=shares, stages=1)
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "config", "interpret"))
-def attend_decode(q, k, v, block_ids, block_table, seq_lens, *, scale: float, config: TuningConfig, interpret: Any):
+@functools.partial(jax.jit, static_argnames=("scale", "config", "chooser", "interpret"))
+def attend_decode(
+    q,
+    k,
+    v,
+    block_ids,
+    block_table,
+    seq_lens,
+    *,
+    scale: float,
+    config: TuningConfig,
+    interpret: Any,
+    chooser: Chooser | None = None,
+):
     """Attention [T, N, H] of q [T, N, H] to the pages of k and v [P, K, S, H] that block_ids [T, K, C] choose.
 
-    None for block_ids means all blocks up to a row's own. With block_ids, C must be a multiple of config.shares
-    where it is not less; there are no more shares than a cluster has queries to merge.
+    None for block_ids means all blocks up to a row's own. With a chooser they are scores f32[B, W, blocks], from which
+    it chooses C blocks of each row; it returns these as well. Where blocks are chosen, C must be a multiple of
+    config.shares where it is not less; there are no more shares than a cluster has queries to merge.
     """
     num_rows, num_heads, _ = q.shape
     num_pages, kv_heads, _, _ = k.shape
     num_sequences, table_width = block_table.shape
     num_queries = num_rows // num_sequences
-    num_blocks = table_width if block_ids is None else block_ids.shape[2]
+    if chooser is not None:
+        num_blocks = chooser.choice.top_k
+    else:
+        num_blocks = table_width if block_ids is None else block_ids.shape[2]
     group = num_heads // kv_heads
     height = _height(group)
     shares = min(config.shares, num_blocks)
@@ -123,6 +143,12 @@ def attend_decode(q, k, v, block_ids, block_table, seq_lens, *, scale: float, co
     most = -(-num_blocks // shares)
     if block_ids is not None and num_blocks % shares:
         raise ValueError(f"shares={shares} must divide the {num_blocks} chosen blocks")
+    if chooser is not None:
+        blocks = ChosenBlocks(block_ids, chooser, most, num_rows)
+    else:
+        blocks = AllBlocks(num_blocks, shares) if block_ids is None else GivenBlocks(most, (block_ids,))
+    # A row of the table comes while the blocks are chosen, where it can be copied.
+    tabled = chooser is not None and table_width % _TABLE_LINE == 0
     stages = min(config.stages, most)
     # Pages of a step: all that a share has, where there is room for them.
     together = most if most == stages else 1
@@ -174,52 +200,55 @@ def attend_decode(q, k, v, block_ids, block_table, seq_lens, *, scale: float, co
         lens_gmem,
         *rest,
     ):
-        ids_gmem, rest = (None, rest) if block_ids is None else (rest[0], rest[1:])
-        out_gmem, *rest = rest
+        blocks_gmem, (out_gmem, *rest) = rest[: len(blocks.operands)], rest[len(blocks.operands) :]
+        chosen_gmem, rest = rest[: len(blocks.results)], rest[len(blocks.results) :]
         stats_gmem, rest = (rest[0], rest[1:]) if apart else (None, rest)
         sent_gmem, rest = (rest[:2], rest[2:]) if clustered and interpret is not None else (None, rest)
         q_smem, k_smem, v_smem, weights_smem, stats_smem, q_barrier, k_barrier, v_barrier, *rest = rest
+        blocks_smem, rest = rest[: len(blocks.scratch)], rest[len(blocks.scratch) :]
+        line_smem, rest = (rest[:2], rest[2:]) if tabled else (None, rest)
         row, head, part = lax.axis_index("row"), lax.axis_index("head"), lax.axis_index("share")
         if clustered and interpret is None:
             cluster.expect(rest[-1], height * (DIM + 2))
         plgpu.copy_gmem_to_smem(q_gmem.at[row, head], q_smem, q_barrier)
-        sequence = lax.div(row, jnp.int32(num_queries))
-        position = lens_gmem[sequence] - num_queries + lax.rem(row, jnp.int32(num_queries))
+        sequence, query = (f(row, jnp.int32(num_queries)) for f in (lax.div, lax.rem))
+        if line_smem is not None:
+            plgpu.copy_gmem_to_smem(table_gmem.at[sequence], *line_smem)
+        length = lens_gmem[sequence]
+        position = length - num_queries + query
         own = jnp.where(position >= 0, lax.div(position, jnp.int32(PAGE_SIZE)), -1)
+        place = Place(row, head, part, sequence, length, query, own)
 
-        def used(block):
-            return jnp.logical_and(block >= 0, block <= own)
-
-        if ids_gmem is None:
-            # Equal shares of what is visible, not of the table.
-            visible = jnp.minimum(own + 1, table_width)
-            share = lax.div(visible + (shares - 1), jnp.int32(shares))
-            first = part * share
-            count = jnp.clip(visible - first, 0, share)
-
-            def block(i):
-                return first + i
-        else:
-
-            def block(i):
-                # Looked at a step before anybody knows whether there is such a block.
-                return ids_gmem[row, head, part * most + jnp.minimum(i, most - 1)]
-
-            # Unused ids lie on the right as a rule; one in between is walked over with every key masked.
-            count = jnp.int32(0)
-            for i in range(most):
-                count = jnp.where(used(block(i)), i + 1, count)
-
-        def page(i):
+        def page_of(block, line):
             # What a masked block's entry holds is no address.
-            entry = table_gmem[sequence, jnp.clip(block(i), 0, table_width - 1)]
-            return jnp.clip(entry, 0, num_pages - 1)
+            block = jnp.clip(block, 0, table_width - 1)
+            index = [f(block, jnp.int32(_TABLE_LINE)) for f in (lax.div, lax.rem)] if tabled else [block]
+            return jnp.clip(line[*index], 0, num_pages - 1)
 
         def load_k(page, slot):
             plgpu.copy_gmem_to_smem(k_gmem.at[page, head], k_smem.at[slot], k_barrier.at[slot])
 
         def load_v(page, slot):
             plgpu.copy_gmem_to_smem(v_gmem.at[page, head], v_smem.at[slot], v_barrier.at[slot])
+
+        line = table_gmem.at[sequence]
+        early, is_early = blocks.early(place), False
+        if early is not None:
+            is_early = jnp.logical_and(part == 0, own >= 0)
+            early_page = page_of(early, line)
+
+            @when(is_early)
+            def _():
+                load_k(early_page, 0)
+                load_v(early_page, 0)
+
+        count, block = blocks.walk(place, *blocks_gmem, *chosen_gmem, *blocks_smem)
+        if line_smem is not None:
+            plgpu.barrier_wait(line_smem[1])
+            line = line_smem[0]
+
+        def page(i):
+            return page_of(block(i), line)
 
         def over_keys(value):
             return lax.broadcast_in_dim(value, (PAGE_SIZE, height), [1])
@@ -235,7 +264,9 @@ def attend_decode(q, k, v, block_ids, block_table, seq_lens, *, scale: float, co
             blocks = [i * together + j for j in range(together)]
 
             def seen_of(i):
-                return jnp.where(jnp.logical_and(i < count, used(block(i))), position + 1 - block(i) * PAGE_SIZE, 0)
+                return jnp.where(
+                    jnp.logical_and(i < count, place.used(block(i))), position + 1 - block(i) * PAGE_SIZE, 0
+                )
 
             nums_seen = [seen_of(i) for i in blocks]
 
@@ -301,8 +332,11 @@ def attend_decode(q, k, v, block_ids, block_table, seq_lens, *, scale: float, co
             return acc, new_largest, total, *pages_then
 
         for i in range(stages):
+            is_due = i < count if together == 1 else count > 0
+            if i == 0 and early is not None:
+                is_due = jnp.logical_and(is_due, jnp.logical_not(is_early))
 
-            @when(i < count if together == 1 else count > 0)
+            @when(is_due)
             def _(i=i):
                 load_k(first_pages[i], i)
                 load_v(first_pages[i], i)
@@ -353,6 +387,7 @@ def attend_decode(q, k, v, block_ids, block_table, seq_lens, *, scale: float, co
         ]
     else:
         out = [jax.ShapeDtypeStruct((num_rows, kv_heads, height, DIM), dtype)]
+    out[1:1] = blocks.results
     tile = plgpu.SMEM((height, DIM), dtype, transforms=TILING)
     page = plgpu.SMEM((stages, PAGE_SIZE, DIM), dtype, transforms=TILING)
     scratch = [
@@ -365,6 +400,10 @@ def attend_decode(q, k, v, block_ids, block_table, seq_lens, *, scale: float, co
         plgpu.Barrier(num_barriers=stages),
         plgpu.Barrier(num_barriers=stages),
     ]
+    scratch += blocks.scratch
+    if tabled:
+        block_table = block_table.reshape(num_sequences, -1, _TABLE_LINE)
+        scratch += [plgpu.SMEM(block_table.shape[1:], jnp.int32), plgpu.Barrier()]
     grid, names, clusters = (num_rows, kv_heads, shares), ("row", "head", "share"), {}
     if clustered:
         grid, names, clusters = grid[:2], names[:2], {"cluster": (shares,), "cluster_names": ("share",)}
@@ -377,7 +416,7 @@ def attend_decode(q, k, v, block_ids, block_table, seq_lens, *, scale: float, co
             out += [jax.ShapeDtypeStruct((*partial, *shape), jnp.float32) for shape in sent]
     if block_ids is None:
         attend.__name__ = "attend_all"  # for profiles
-    result, *stats = plgpu.kernel(
+    result, *others = plgpu.kernel(
         attend,
         out_type=out,
         grid=grid,
@@ -387,12 +426,14 @@ def attend_decode(q, k, v, block_ids, block_table, seq_lens, *, scale: float, co
         # Without a barrier before and behind whatever is written.
         compiler_params=compiler_params(approx_math=True, unsafe_no_auto_barriers=True),
         **({} if interpret is None else {"interpret": interpret}),
-    )(queries, k, v, block_table, seq_lens, *(() if block_ids is None else (block_ids,)))
+    )(queries, k, v, block_table, seq_lens, *blocks.operands)
+    chosen, stats = (None, others) if chooser is None else (others[0], others[1:])
     if apart and shares <= _FEW_SHARES:
         result = _merge(result, stats[0], factor)
     elif apart:
         result = merging.merge_decode(result, stats[0], group=group, factor=factor, interpret=interpret)
-    return result[:, :, :group].reshape(num_rows, num_heads, DIM)
+    result = result[:, :, :group].reshape(num_rows, num_heads, DIM)
+    return result if chooser is None else (result, chosen)
 
 
 def _merge(partials, stats, factor: float):

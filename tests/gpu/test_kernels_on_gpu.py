@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.index_sparse_attention.api import OPERATIONS as BOTH
 from pallas_kernels.index_topk.api import OPERATIONS as INDEX
 from pallas_kernels.sparse_attention.api import OPERATIONS as ATTENTION
 
@@ -162,15 +163,30 @@ def run_and_compare(bucket: Bucket, exact: bool, seed, table, filled, lengths, p
     error = jnp.linalg.norm(out.astype(jnp.float32) - expected)
     norm = jnp.linalg.norm(expected)
     differences = jnp.where(visible, jnp.abs(scores - expected_scores), 0) / largest
-    return {
+
+    def relative(error, norm):
+        return jnp.where(norm > 0, error / jnp.where(norm > 0, norm, 1), error)
+
+    found = {}
+    if bucket.kind == "decode":
+        both = partial(BOTH["index_sparse_attention_decode"], impl=bucket.impl, scale=scale, **bucket.choice)
+        joint, joint_ids = both(*args[:2], q, k, v, table, *lengths)
+        apart = attend(q, k, v, ids, table, *lengths, scale=scale, impl=bucket.impl).astype(jnp.float32)
+        difference = jnp.linalg.norm(joint.astype(jnp.float32) - apart)
+        found = {
+            "same ids in one": jnp.all(joint_ids == ids),
+            "attention in one": relative(difference, jnp.linalg.norm(apart)),
+        }
+        out = jnp.concatenate([out, joint])
+    return found | {
         "same ids": jnp.all(ids == expected_ids),
         "same number of ids": jnp.all((ids >= 0) == (expected_ids >= 0)),
         "rank difference": jnp.max(jnp.abs(of_ids(ids) - of_ids(expected_ids))) / largest,
         "same visible": jnp.all(jnp.isneginf(scores) == ~visible),
         "score difference": jnp.max(differences),
         "finite": jnp.all(jnp.isfinite(out.astype(jnp.float32))),
-        "dead rows": jnp.max(jnp.abs(jnp.where(live, 0, out.astype(jnp.float32)))),
-        "attention": jnp.where(norm > 0, error / jnp.where(norm > 0, norm, 1), error),
+        "dead rows": jnp.max(jnp.abs(jnp.where(live, 0, out.reshape(-1, *q.shape).astype(jnp.float32)))),
+        "attention": relative(error, norm),
     }, (ids, scores, out)
 
 
@@ -194,6 +210,9 @@ def test_random_batches(bucket: Bucket):
         assert found["same ids"] or not exact, context
         assert found["rank difference"] <= (0 if exact else 2e-6), context
         assert found["score difference"] <= (0 if exact else 2e-6), context
+        assert found.get("same ids in one", True), context
+        # Of the same blocks in the same order.
+        assert found.get("attention in one", 0) <= 1e-3 * TOLERANCES[bucket.dtype], context
         # Integers' logits leave one weight that counts: no more than the result is rounded.
         assert found["attention"] <= TOLERANCES[bucket.dtype], context
         if draw < 4:

@@ -19,6 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernel_cases import Case, Sizes, check_attention, every_block, make_batch, random_choice
 
 from pallas_kernels import tuned
+from pallas_kernels.index_sparse_attention import mosaic_gpu as both
 from pallas_kernels.index_topk import merge_candidates
 from pallas_kernels.index_topk import mosaic_gpu as index
 from pallas_kernels.index_topk import mosaic_gpu_choose as choosing
@@ -85,22 +86,25 @@ def index_candidates() -> None:
 
 
 def choose_special_scores() -> None:
-    """Every way through the choice: ties, zeros of both signs, infinities, NaN; in the last column a lane has the best.
+    """Every way through the choice: ties, zeros of both signs, infinities, NaN; in the last column a warp has the best.
 
-    One CTA, a cluster of several, more than a cluster has; with and without a first choice by each warp.
+    One CTA, a cluster of several, more than a cluster has; with and without a first choice by each warp, which has to
+    look twice where it has more of the best than is likely.
     """
     blocks, columns = 288, 8
     rng = np.random.default_rng(0)
     special = np.array([np.nan, np.inf, -np.inf, 0.0, -0.0, 1.0, -1.0, 3e38, -3e38, 1e-40], np.float32)
-    scores = rng.choice(special, (2, blocks, columns))
-    scores[:, ::32, -1] = 4e37 + 1e36 * np.arange(9, dtype=np.float32)
-    scores[:, :, -1] = np.minimum(scores[:, :, -1], 5e37)
+    scores = rng.choice(special, (2, columns, blocks))
+    scores[:, -2] = rng.standard_normal((2, blocks))
+    scores[:, -1] = rng.standard_normal((2, blocks))
+    scores[:, -1, ::4] += 100
+    scores[:, -1, ::128] += 100  # and a lane the best of those
     positions = np.array([287 * 128 + 5, -1], np.int32)
     ordered = np.nan_to_num(np.where(np.isnan(scores), -np.inf, scores))
-    for chunk in (96, 32, 16, 8):
+    for top_k, chunk in ((8, 96), (8, 32), (8, 16), (8, 8), (16, 96), (16, 32)):
         config = choosing.TuningConfig(chunk)
-        padded = np.pad(scores, ((0, 0), (0, -blocks % config.blocks), (0, 0)), constant_values=np.nan)
-        choice = choosing.Choice(4, columns, Shares(blocks), 8, init_blocks=1, local_blocks=2)
+        padded = np.pad(scores, ((0, 0), (0, 0), (0, -blocks % config.blocks)), constant_values=np.nan)
+        choice = choosing.Choice(4, columns, Shares(blocks), top_k, init_blocks=1, local_blocks=2)
         choose = jax.jit(functools.partial(choosing.choose, choice=choice, config=config, interpret=RACES))
         got = np.asarray(choose(padded, positions, np.zeros(1, np.int32)))
         for slab, position in enumerate(positions):
@@ -108,8 +112,8 @@ def choose_special_scores() -> None:
                 own = (position + column // 4) // 128
                 forced = sorted({block for block in (0, own - 1, own) if 0 <= block <= own})
                 rest = [block for block in range(own + 1) if block not in forced]
-                rest.sort(key=lambda block: (-ordered[slab, block, column], block))
-                expected = (forced + rest + [-1] * 8)[:8]
+                rest.sort(key=lambda block: (-ordered[slab, column, block], block))
+                expected = (forced + rest + [-1] * top_k)[:top_k]
                 np.testing.assert_array_equal(got[slab, column], expected)
 
 
@@ -120,8 +124,27 @@ def attention_decode() -> None:
     args = batch.attention_args(block_ids)
     for config in (attending.TuningConfig(1, 2), attending.TuningConfig(2, 1), attending.TuningConfig(8, 1)):
         with tuned.choosing(lambda _kernel, _bucket, _heuristic, config=config: config):
-            attend = functools.partial(attention._decode, scale=batch.scale, interpret=RACES)
+            attend = functools.partial(attention.attend_decode, scale=batch.scale, interpret=RACES)
             check_attention(batch, jax.jit(attend)(*args), block_ids)
+
+
+def index_attention_decode() -> None:
+    """The choice within the attention: few blocks, and more of them than are compared at once; the table in lines.
+
+    A row's first block is known before the others, or, without forced blocks, is not.
+    """
+    wide = replace(SIZES, table_width=96, init_blocks=1)
+    for sizes, shares in ((SIZES, 1), (SIZES, 8), (wide, 2), (replace(SIZES, local_blocks=0), 2)):
+        batch = make_batch(replace(CASE, sizes=sizes), decode=True)
+        block_ids = batch.choice()
+        q, k, v, *_ = batch.attention_args(block_ids)
+        index_q, index_k, *tables = batch.index_args
+        config = attending.TuningConfig(shares, 1)
+        with tuned.choosing(lambda _kernel, _bucket, _heuristic, config=config: config):
+            run = functools.partial(both._decode, scale=batch.scale, **sizes.choice, interpret=RACES)
+            out, chosen = jax.jit(run)(index_q, index_k, q, k, v, *tables)
+        np.testing.assert_array_equal(chosen, block_ids)
+        check_attention(batch, out, block_ids)
 
 
 def norm_rope_cache() -> None:
@@ -201,6 +224,7 @@ CHECKS = {
         index_candidates,
         choose_special_scores,
         attention_decode,
+        index_attention_decode,
         norm_rope_cache,
         paged_attention_decode,
         attention_prefill,

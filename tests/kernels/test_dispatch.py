@@ -8,12 +8,13 @@ import pytest
 
 from pallas_kernels.all_reduce.api import OPERATIONS as SUM
 from pallas_kernels.dispatch import Implementation, Operation
+from pallas_kernels.index_sparse_attention.api import OPERATIONS as BOTH
 from pallas_kernels.index_topk.api import OPERATIONS as INDEX
 from pallas_kernels.norm_rope_cache.api import OPERATIONS as NORM_ROPE
 from pallas_kernels.paged_attention.api import OPERATIONS as PAGED
 from pallas_kernels.sparse_attention.api import OPERATIONS as ATTENTION
 
-ALL = {**SUM, **INDEX, **ATTENTION, **PAGED, **NORM_ROPE}
+ALL = {**SUM, **INDEX, **BOTH, **ATTENTION, **PAGED, **NORM_ROPE}
 
 
 @pytest.fixture

@@ -72,6 +72,7 @@ def test_decode(unsigned, dtype, batch: int, queries: int, blocks: int, kv_heads
     q = array(rows, kv_heads * group, DIM, dtype=dtype)
     lower(ops.sparse_attention_decode, q, cache, cache, array(rows, kv_heads, top_k), table, lengths)
     lower(ops.paged_attention_decode, q, cache, cache, table, lengths)
+    lower(ops.index_sparse_attention_decode, *index, q, cache, cache, table, lengths, top_k=top_k)
     assert not unsigned
 
 

@@ -10,7 +10,7 @@ import pytest
 HERE = Path(__file__).parent
 # Those of a process, of which each takes seconds to start.
 CHECKS = (
-    ("index_decode", "index_prefill", "index_candidates", "choose_special_scores"),
+    ("index_decode", "index_prefill", "index_candidates", "choose_special_scores", "index_attention_decode"),
     ("attention_decode", "paged_attention_decode", "attention_prefill", "norm_rope_cache"),
     ("attention_prefill_bounds", "skinny_matmul"),
 )

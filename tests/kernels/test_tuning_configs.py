@@ -6,7 +6,6 @@ import pytest
 
 from pallas_kernels import hopper
 from pallas_kernels.index_topk import mosaic_gpu_choose, mosaic_gpu_choose_prefill
-from pallas_kernels.index_topk import mosaic_gpu_score_decode as score_decode
 from pallas_kernels.index_topk import mosaic_gpu_score_prefill as score_prefill
 from pallas_kernels.sparse_attention import mosaic_gpu_decode, mosaic_gpu_merge, mosaic_gpu_prefill
 
@@ -19,9 +18,6 @@ from pallas_kernels.sparse_attention import mosaic_gpu_decode, mosaic_gpu_merge,
         (mosaic_gpu_choose_prefill, {"stages": 4}, "stages=4 must be 1 to 3"),
         (mosaic_gpu_choose_prefill, {"piece_cost": 0}, "piece_cost=0 must be at least 1"),
         (mosaic_gpu_choose_prefill, {"ctas": 0}, "ctas=0 must be at least 1"),
-        (score_decode, {"pages": 3}, "pages=3 must be a power of two up to 32"),
-        (score_decode, {"pages": 1, "stages": 2}, "stages=2 must be at most pages=1"),
-        (score_decode, {"pages": 32, "stages": 7}, "stages=7 must be 1 to 6"),
         (score_prefill, {"shares": 0}, "shares=0 must be at least 1"),
         (mosaic_gpu_decode, {"shares": 0, "stages": 1}, "shares=0 must be at least 1"),
         (mosaic_gpu_decode, {"shares": 1, "stages": 4}, "stages=4 must be 1, 2 or 3"),

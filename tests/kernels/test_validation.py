@@ -30,10 +30,10 @@ STATIC = {*CHOICE, "scale", "impl"}
 
 def call(name: str, **changed):
     """Trace the operation with valid arguments, but for those that are changed."""
-    arguments = dict(INDEX if name.startswith("index") else ATTENTION)
-    if name.startswith("paged"):
-        del arguments["block_ids"]
-    if name.startswith("index_topk"):
+    arguments = (INDEX if name.startswith("index") else {}) | (ATTENTION if "attention" in name else {})
+    if not name.startswith("sparse"):
+        arguments.pop("block_ids", None)
+    if name in TOPK_OPS:
         arguments |= CHOICE
     arguments |= LENGTHS if name.endswith("prefill") else {"seq_lens": LENGTHS["seq_lens"]}
     arguments |= changed
@@ -43,9 +43,9 @@ def call(name: str, **changed):
 
 
 # Those over pages with the arguments above; the others' are beside the tests of their results.
-OPS = [name for name in pallas_kernels.__all__ if name.startswith(("index_score", "index_topk", "sparse", "paged"))]
+OPS = [name for name in pallas_kernels.__all__ if name.startswith(("index", "sparse", "paged"))]
 INDEX_OPS = [name for name in OPS if name.startswith("index")]
-TOPK_OPS = [name for name in INDEX_OPS if "topk" in name]
+TOPK_OPS = [name for name in INDEX_OPS if "score" not in name]
 SPARSE_OPS = [name for name in OPS if name.startswith("sparse")]
 ATTENTION_OPS = [name for name in OPS if "attention" in name]
 PREFILL_OPS = [name for name in OPS if name.endswith("prefill")]
@@ -54,14 +54,17 @@ DECODE_OPS = [name for name in OPS if name.endswith("decode")]
 
 @pytest.mark.parametrize("name", OPS)
 def test_valid_arguments_are_accepted(name: str):
-    result = call(name)
-    shape, dtype = {
-        "index_score": ((T, K, M), F32),
-        "index_topk": ((T, K, C), I32),
-        "sparse_attention": ((T, K * G, H), F32),
-        "paged_attention": ((T, K * G, H), F32),
-    }[name.rsplit("_", 1)[0]]
-    assert (result.shape, result.dtype) == (shape, dtype)
+    scores, choice, attention = array(F32, T, K, M), array(I32, T, K, C), array(F32, T, K * G, H)
+    assert (
+        call(name)
+        == {
+            "index_score": scores,
+            "index_topk": choice,
+            "index_sparse_attention": (attention, choice),
+            "sparse_attention": attention,
+            "paged_attention": attention,
+        }[name.rsplit("_", 1)[0]]
+    )
 
 
 BAD = [
@@ -74,7 +77,7 @@ BAD = [
     (ATTENTION_OPS, "q", array(jnp.float16, T, K * G, H), TypeError, r"q has dtype float16, which must be float32"),
     (ATTENTION_OPS, "q", array(F32, T, K * G, H + 1), ValueError, r"k has shape .* H .* must be 17, as in q"),
     (ATTENTION_OPS, "k", array(jnp.float8_e4m3fn, P, K, S, H), TypeError, r"k has dtype float8_e4m3fn"),
-    (ATTENTION_OPS, "v", array(F32, P, S, K, H), ValueError, r"v has shape .* K .* must be 2, as in k"),
+    (ATTENTION_OPS, "v", array(F32, P, S, K, H), ValueError, r"v has shape .* K .* must be 2, as in (k|index_q)"),
     (ATTENTION_OPS, "v", array(jnp.bfloat16, P, K, S, H), TypeError, r"q has dtype float32.* that of v"),
     (SPARSE_OPS, "block_ids", array(I32, T, K + 1, C), ValueError, r"block_ids .* K .* must be 2"),
     (SPARSE_OPS, "block_ids", array(I32, T + 1, K, C), ValueError, r"block_ids .* T .* must be 12, as in q"),
@@ -111,7 +114,9 @@ def test_bad_arguments_are_refused(name: str, argument: str, value, error: type[
 
 @pytest.mark.parametrize("name", DECODE_OPS)
 def test_rows_of_a_decode_call_are_a_multiple_of_sequences(name: str):
-    changed = {"q": array(F32, T + 1, K * G, H)} if name in ATTENTION_OPS else {"index_q": array(F32, T + 1, K, I)}
+    changed = {"q": array(F32, T + 1, K * G, H)} if name in ATTENTION_OPS else {}
+    if name in INDEX_OPS:
+        changed["index_q"] = array(F32, T + 1, K, I)
     if name in SPARSE_OPS:
         changed["block_ids"] = array(I32, T + 1, K, C)
     with pytest.raises(ValueError, match=r"q has T=13 rows, which must be a multiple of B=3 sequences"):
