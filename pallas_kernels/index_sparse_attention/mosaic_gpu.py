@@ -2,8 +2,8 @@
 
 Each CTA that attends chooses its row's blocks by itself, out of as many as one can see, and has a block that is chosen
 in any case brought meanwhile. Of more blocks the choice is a kernel of its own. On an H200, 1 x 128 K takes 16.8 us
-instead of 17.8, and 16 x 32 K 53.0 instead of 55.3. What is likely to be chosen, each warp's best, is not worth bringing
-into the L2 cache before it is certain: 16 x 32 K takes 0.6 us more.
+instead of 17.8, and 16 x 32 K 53.0 instead of 55.3. Bringing what is likely to be chosen, each warp's best, into the L2
+cache before that is certain makes it slower, 16 x 32 K by 0.6 us.
 """
 
 from pallas_kernels.derivatives import with_derivative_of
