@@ -1,7 +1,7 @@
 """Block scores of a decode call on Hopper: largest dot product of each query with the keys of each page.
 
 One CTA scores one page. The product is turned round, keys x queries, so that the few queries (tokens x heads) pad the
-narrow side of the wgmma, of which the least is 8, instead of the 64 rows. An SM holds seven pages at a time: on an H200
+narrow side of the wgmma, of which the least is 8, instead of the 64 rows. An SM holds five pages at a time: on an H200
 that is as quick or quicker than CTAs that walk over several, a few at a time (1 x 128 K 9.8 us and 10.2 with 2 of 4).
 """
 
