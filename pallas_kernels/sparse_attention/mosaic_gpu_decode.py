@@ -234,6 +234,7 @@ def attend_decode(
         line = table_gmem.at[sequence]
         early, is_early = blocks.early(place), False
         if early is not None:
+            # On its way while the others are chosen.
             is_early = jnp.logical_and(part == 0, own >= 0)
             early_page = page_of(early, line)
 
@@ -261,14 +262,12 @@ def attend_decode(
             # It takes as long as a step.
             pages_then = [page(i + stages + 1) for _ in next_page]
             slots = [lax.rem(i, jnp.int32(stages))] if together == 1 else list(range(together))
-            blocks = [i * together + j for j in range(together)]
 
             def seen_of(i):
-                return jnp.where(
-                    jnp.logical_and(i < count, place.used(block(i))), position + 1 - block(i) * PAGE_SIZE, 0
-                )
+                is_used = jnp.logical_and(i < count, place.used(block(i)))
+                return jnp.where(is_used, position + 1 - block(i) * PAGE_SIZE, 0)
 
-            nums_seen = [seen_of(i) for i in blocks]
+            nums_seen = [seen_of(i * together + j) for j in range(together)]
 
             def mask(logits, num_seen):
                 key = plgpu.broadcasted_iota(jnp.int32, (PAGE_SIZE, height), 0, layout=_WGMMA)
