@@ -11,10 +11,8 @@ from m3_jax.indexer import Indexer
 from m3_jax.layers import Projection, RMSNorm, project, rotate
 from pallas_kernels import (
     Heads,
-    index_sparse_attention_decode,
     norm_rope_cache,
     paged_attention_decode,
-    sparse_attention_decode,
     sparse_attention_prefill,
 )
 
@@ -88,16 +86,7 @@ class Attention(nnx.Module):
             out = paged_attention_decode(rows, layer.k, layer.v, step.block_table, step.seq_lens)
         else:
             assert self.indexer is not None
-            assert layer.index_k is not None, "a sparse layer has index keys"
-            index_q = index_q.astype(layer.index_k.dtype)
-            caches = layer.k, layer.v
-            tables = step.block_table, step.seq_lens
-            if self.indexer.scores_over_pages(index_q, layer.index_k, step):
-                block_ids = self.indexer.choose(index_q, layer, step)
-                out = sparse_attention_decode(rows, *caches, block_ids, *tables)
-            else:
-                args = index_q, layer.index_k, rows, *caches, *tables
-                out, block_ids = index_sparse_attention_decode(*args, **self.indexer.choice)
+            out, block_ids = self.indexer.choose_and_attend(index_q, rows, layer, step)
             block_ids = block_ids.reshape(*x.shape[:2], *block_ids.shape[1:])
         return self.o_proj(out.reshape(*x.shape[:2], *q.shape[1:]).astype(x.dtype)), layer, block_ids
 

@@ -78,6 +78,23 @@ def check_heads(shapes: Shapes) -> None:
         raise ValueError(f"q has N={shapes['N']} heads, which must be a multiple of the K={shapes['K']} of k")
 
 
+def check_attention(q: Any, k: Any, v: Any, block_table: Any, seq_lens: Any) -> Shapes:
+    """Bind the shapes of what any attention to a paged cache is given.
+
+    Raises TypeError or ValueError unless these, the dtypes and the numbers of heads fit one another.
+    """
+    shapes = Shapes()
+    shapes.bind("q", q, "T N H")
+    shapes.bind("k", k, "P K S H")
+    shapes.bind("v", v, "P K S H")
+    shapes.bind("block_table", block_table, "B M")
+    shapes.bind("seq_lens", seq_lens, "B")
+    check_cache_dtypes("q", q, k=k, v=v)
+    check_heads(shapes)
+    check_int32(block_table=block_table, seq_lens=seq_lens)
+    return shapes
+
+
 def check_count(name: str, value: Any, least: int) -> None:
     """Raise TypeError unless `value` is a Python int, ValueError unless it is at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int):

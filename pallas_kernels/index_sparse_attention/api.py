@@ -41,19 +41,11 @@ def index_sparse_attention_decode(
     Returns what `sparse_attention_decode` does with the blocks that `index_topk_decode` chooses, and these: arguments,
     results and errors are theirs. Differentiable in q, k and v.
     """
-    shapes = checks.Shapes()
+    shapes = checks.check_attention(q, k, v, block_table, seq_lens)
     shapes.bind("index_q", index_q, "T K I")
     shapes.bind("index_k", index_k, "P S I")
-    shapes.bind("q", q, "T N H")
-    shapes.bind("k", k, "P K S H")
-    shapes.bind("v", v, "P K S H")
-    shapes.bind("block_table", block_table, "B M")
-    shapes.bind("seq_lens", seq_lens, "B")
     checks.check_cache_dtypes("index_q", index_q, index_k=index_k)
-    checks.check_cache_dtypes("q", q, k=k, v=v)
-    checks.check_heads(shapes)
     checks.check_uniform_queries(shapes, "q")
-    checks.check_int32(block_table=block_table, seq_lens=seq_lens)
     checks.check_choice(top_k, init_blocks, local_blocks)
     return OPERATIONS["index_sparse_attention_decode"](
         index_q,

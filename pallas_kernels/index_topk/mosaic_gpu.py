@@ -40,10 +40,9 @@ def _prefill_supported(index_q, index_k, block_table, *_lengths_and_share, top_k
 
 def _score_decode(index_q, index_k, block_table, seq_lens, *, interpret=None):
     num_rows, num_heads, _ = index_q.shape
-    table_width = block_table.shape[1]
-    num_queries = num_rows // block_table.shape[0]
+    columns = num_rows // block_table.shape[0] * num_heads
     scores = _decode_table(index_q, index_k, block_table, seq_lens, *whole(block_table), 1, interpret)
-    scores = scores[:, : num_queries * num_heads, :table_width].reshape(num_rows, num_heads, table_width)
+    scores = scores[:, :columns].reshape(num_rows, num_heads, -1)
     position = rows.decode_rows(num_rows, seq_lens).position
     return only_visible(scores, position[:, None, None], hopper.PAGE_SIZE)
 

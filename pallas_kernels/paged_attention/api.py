@@ -46,15 +46,7 @@ def paged_attention_decode(
     Raises ValueError or TypeError for shapes, dtypes and a scale that do not fit, NotImplementedError when
     the implementation cannot serve them.
     """
-    shapes = checks.Shapes()
-    shapes.bind("q", q, "T N H")
-    shapes.bind("k", k, "P K S H")
-    shapes.bind("v", v, "P K S H")
-    shapes.bind("block_table", block_table, "B M")
-    shapes.bind("seq_lens", seq_lens, "B")
-    checks.check_cache_dtypes("q", q, k=k, v=v)
-    checks.check_heads(shapes)
+    shapes = checks.check_attention(q, k, v, block_table, seq_lens)
     checks.check_uniform_queries(shapes, "q")
-    checks.check_int32(block_table=block_table, seq_lens=seq_lens)
     scale = checks.scale_of(scale, q.shape[-1])
     return OPERATIONS["paged_attention_decode"](q, k, v, block_table, seq_lens, scale=scale, impl=impl)

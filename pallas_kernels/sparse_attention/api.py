@@ -95,18 +95,11 @@ def sparse_attention_decode(
 
 
 def _check(q: Any, k: Any, v: Any, block_ids: Any, block_table: Any, seq_lens: Any, **ragged: Any) -> None:
-    shapes = checks.Shapes()
-    shapes.bind("q", q, "T N H")
-    shapes.bind("k", k, "P K S H")
-    shapes.bind("v", v, "P K S H")
+    shapes = checks.check_attention(q, k, v, block_table, seq_lens)
     shapes.bind("block_ids", block_ids, "T K C")
-    shapes.bind("block_table", block_table, "B M")
-    shapes.bind("seq_lens", seq_lens, "B")
-    checks.check_cache_dtypes("q", q, k=k, v=v)
-    checks.check_heads(shapes)
     if ragged:
         shapes.bind("cu_seqlens", ragged["cu_seqlens"], "B+1")
         shapes.bind("context_lens", ragged["context_lens"], "B")
     else:
         checks.check_uniform_queries(shapes, "q")
-    checks.check_int32(block_ids=block_ids, block_table=block_table, seq_lens=seq_lens, **ragged)
+    checks.check_int32(block_ids=block_ids, **ragged)

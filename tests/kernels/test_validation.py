@@ -77,7 +77,7 @@ BAD = [
     (ATTENTION_OPS, "q", array(jnp.float16, T, K * G, H), TypeError, r"q has dtype float16, which must be float32"),
     (ATTENTION_OPS, "q", array(F32, T, K * G, H + 1), ValueError, r"k has shape .* H .* must be 17, as in q"),
     (ATTENTION_OPS, "k", array(jnp.float8_e4m3fn, P, K, S, H), TypeError, r"k has dtype float8_e4m3fn"),
-    (ATTENTION_OPS, "v", array(F32, P, S, K, H), ValueError, r"v has shape .* K .* must be 2, as in (k|index_q)"),
+    (ATTENTION_OPS, "v", array(F32, P, S, K, H), ValueError, r"v has shape .* K .* must be 2, as in k"),
     (ATTENTION_OPS, "v", array(jnp.bfloat16, P, K, S, H), TypeError, r"q has dtype float32.* that of v"),
     (SPARSE_OPS, "block_ids", array(I32, T, K + 1, C), ValueError, r"block_ids .* K .* must be 2"),
     (SPARSE_OPS, "block_ids", array(I32, T + 1, K, C), ValueError, r"block_ids .* T .* must be 12, as in q"),
