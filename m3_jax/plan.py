@@ -228,6 +228,8 @@ def _compiled(call: _Call) -> dict[str, int]:
 # Of Hopper's prefill kernels: partial results held at a time, and bytes of one, 16 heads of so many words for bfloat16
 # and for float16. See `pallas_kernels.sparse_attention.mosaic_gpu_partials`.
 PARTIALS, PARTIAL_BYTES, WIDE_PARTIAL_BYTES = 2**19, 16 * 42 * 4, 16 * 64 * 4
+# Up to so many blocks a sequence there is one more for each (token, KV head) held at a time.
+COMMON_BLOCKS = 64
 # What a decode step's kernels leave for each other; XLA reserves 1 to 32 MB for it.
 DECODE_BYTES = 16 * MiB
 
@@ -250,7 +252,10 @@ def _formula(call: _Call) -> dict[str, int]:
     residual = rows * size * item
     carried = residual if tensor == 1 else 3 * residual
     queries = rows * heads * channels
-    chosen = min(rows * kv_heads * config.sparse_attention.topk_blocks, PARTIALS)
+    top_k = config.sparse_attention.topk_blocks
+    chosen = min(rows * kv_heads * top_k, PARTIALS)
+    if call.context <= COMMON_BLOCKS * config.sparse_attention.block_size:
+        chosen += chosen // top_k
     partial_bytes = PARTIAL_BYTES if call.dtype == jnp.bfloat16 else WIDE_PARTIAL_BYTES
     pairs, width = rows * config.num_experts_per_tok, config.moe_intermediate_size // tensor
     # Rows of each expert and their products; where they are exchanged, a round's of both and all that came back.

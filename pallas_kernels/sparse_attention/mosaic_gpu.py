@@ -1,7 +1,8 @@
 """Block-sparse attention as Pallas:Mosaic GPU kernels for Hopper: what they serve, and how they are put together.
 
-Decode: every row walks over its own pages. Prefill: every page meets the rows that chose it, and what they leave
-is merged, for some rows of the call at a time.
+Decode: every row walks over its own pages. Prefill: every page meets the rows that chose it, but for those of their
+blocks that neighbouring rows have in common, over which these walk together; and what they leave is merged, for some
+rows of the call at a time.
 """
 
 import functools
@@ -18,6 +19,10 @@ from pallas_kernels.sparse_attention import reference
 
 # (token, KV head, slot) of which partial results are held at a time, 2.625 KiB each, or 4 of float16.
 _PAIRS = 2**19
+# Where neighbouring rows are likely to have enough blocks in common, and where there is enough to do, to look for them:
+# blocks of a sequence at most, (token, KV head) at least, and as many of these for each block. Elsewhere an H200 takes
+# longer with it.
+_MOST_BLOCKS, _LEAST_UNITS, _UNITS_OF_BLOCK = 64, 2**13, 2**8
 # Such parts that are planned at a time: together they take far fewer kernels.
 _PLANNED = 4
 
@@ -35,6 +40,11 @@ def _why_not(q, k, block_ids, block_table) -> str | None:
     if reason is None and top_k not in hopper.TOP_KS:
         reason = f"there are {top_k} chosen blocks, not one of {', '.join(map(str, hopper.TOP_KS))}"
     return reason or hopper.why_not_here()
+
+
+def _looks_for_common(num_units: int, table_width: int) -> bool:
+    """Whether a prefill call of so many (token, KV head) looks for blocks that neighbouring rows have in common."""
+    return table_width <= _MOST_BLOCKS and num_units >= max(_LEAST_UNITS, _UNITS_OF_BLOCK * table_width)
 
 
 def _decode_supported(q, k, _v, block_ids, block_table, _seq_lens, *, scale) -> str | None:
@@ -71,9 +81,12 @@ def _prefill(
     scale,
     config=None,
     pairs=_PAIRS,
+    in_common=None,
     interpret=None,
 ):
+    from pallas_kernels.sparse_attention import mosaic_gpu_common as sharing
     from pallas_kernels.sparse_attention import mosaic_gpu_merge as merging
+    from pallas_kernels.sparse_attention import mosaic_gpu_neighbours as neighbours
     from pallas_kernels.sparse_attention import mosaic_gpu_plan as planning
     from pallas_kernels.sparse_attention import mosaic_gpu_prefill as attending
 
@@ -97,23 +110,58 @@ def _prefill(
     rows_at_a_time = min(rows_at_a_time - rows_at_a_time % window, num_rows)
     pairs = rows_at_a_time * kv_heads * top_k
     out = jax.new_ref(lax.empty((num_rows * kv_heads, hopper.GROUP, hopper.DIM), q.dtype))
+    if in_common is None:
+        in_common = _looks_for_common(num_rows * kv_heads, block_table.shape[1])
+    groups = neighbours.groups_of(rows_at_a_time) if in_common else 0
+    spare_tiles = groups * kv_heads * neighbours.TILES
     for first in range(0, num_rows, _PLANNED * rows_at_a_time):
         planned = slice(first, min(first + _PLANNED * rows_at_a_time, num_rows))
-        of_rows = (block_ids[planned], rows.sequence[planned], rows.position[planned])
+        ids, sequence, position = block_ids[planned], rows.sequence[planned], rows.position[planned]
+        common = None
+        if in_common:
+            sizes = {"table_width": block_table.shape[1], "rows_at_a_time": rows_at_a_time}
+            common = neighbours.find(ids, sequence, position, **sizes)
+            ids = neighbours.without(ids, common.bits)
+        of_rows = (ids, sequence, position)
         plan = planning.plan(*of_rows, block_table, items, window=window, rows_at_a_time=rows_at_a_time)
         plan = plan._replace(units=tuple(units + first * kv_heads for units in plan.units))
         parts = -(-(planned.stop - first) // rows_at_a_time)
-        attend = functools.partial(
-            attending.attend_prefill, parts=parts, pairs=pairs, scale=scale, config=config, interpret=interpret
-        )
+        attend = functools.partial(attending.attend_prefill, parts=parts, pairs=pairs, spare_tiles=spare_tiles)
         for part in range(parts):
-            partials = attend(q, k, v, tails, plan, jnp.asarray([part], jnp.int32))
+            partials = attend(
+                q, k, v, tails, plan, jnp.asarray([part], jnp.int32), scale=scale, config=config, interpret=interpret
+            )
             places = planning.places_of(plan, part, parts=parts, pairs=pairs)
+            first_row = first + part * rows_at_a_time
+            if common is not None:
+                first_tile = partials.shape[0] - 1 - spare_tiles
+                bits = common.bits[part * rows_at_a_time : (part + 1) * rows_at_a_time]
+                places = neighbours.places_with(places, bits, first_tile)
+                partials = jax.new_ref(partials)
+                sharing.attend_common(
+                    q,
+                    k,
+                    v,
+                    tails,
+                    common,
+                    rows,
+                    block_table,
+                    seq_lens,
+                    jnp.asarray([first_row], jnp.int32),
+                    jnp.asarray([part * groups], jnp.int32),
+                    partials,
+                    groups=groups,
+                    first_tile=first_tile,
+                    scale=scale,
+                    ctas=config.ctas,
+                    interpret=interpret,
+                )
+                partials = partials[...]
             units = places.size // top_k
             merging.merge_prefill(
                 partials,
                 places,
-                jnp.asarray([(first + part * rows_at_a_time) * kv_heads], jnp.int32),
+                jnp.asarray([first_row * kv_heads], jnp.int32),
                 out,
                 units=units,
                 top_k=top_k,

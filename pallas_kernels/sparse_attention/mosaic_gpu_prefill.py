@@ -6,16 +6,12 @@ a chunk, into a ring of two, by one warp; the queries of each tile by another. T
 4 pairs of 16 query heads are the 64 rows of a wgmma. Every pair leaves its partial result and the statistics of its
 softmax, packed, to be merged afterwards.
 
-A softmax takes the largest logit off all of them lest a weight overflows, or all of them vanish. Where nothing is near
-to that, nothing has to be taken off and no largest one looked for, which is a twentieth of the time. So a CTA does
-without at first; if anything that it found was not within bounds, it computes all of its tiles anew.
-
 What limits it on an H200 seems to be power rather than any one unit: the SMs' clock is well below its highest
 meanwhile, and rises with what is left out. What leaves as much to do made nothing quicker, however it was arranged:
 turns at the products, four warpgroups, two that have a product of one tile and the exponentials of another under way
 at once, results that leave later, merging them meanwhile on SMs of its own or between the tiles. What leaves less to do
 did: fewer instructions to pack and to mask, smaller results, and such as leave the L2 cache before the queries, which
-come again.
+come again. `mosaic_gpu_attempts` has what took less yet.
 """
 
 # jax does not export every name of Mosaic GPU.
@@ -33,18 +29,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import DIM, GROUP, NUM_SMS, PAGE_SIZE
-from pallas_kernels.mosaic import FEW_ROWS, TILING, compiler_params, cond, full, warp_when, when
+from pallas_kernels.mosaic import compiler_params, cond, warp_when, when
+from pallas_kernels.sparse_attention import mosaic_gpu_attempts as attempts
 from pallas_kernels.sparse_attention import mosaic_gpu_partials as packing
 from pallas_kernels.sparse_attention import mosaic_gpu_tile as tiles
-from pallas_kernels.sparse_attention.mosaic_gpu_plan import TILE_PAIRS, Plan, most_tiles
+from pallas_kernels.sparse_attention.mosaic_gpu_memory import PAGES, TILES, WARPGROUPS
+from pallas_kernels.sparse_attention.mosaic_gpu_memory import memory as memory_of
+from pallas_kernels.sparse_attention.mosaic_gpu_plan import Plan, most_tiles
 from pallas_kernels.sparse_attention.mosaic_gpu_tile import each
-
-_WARPGROUPS = 3
-# Pages in flight, and tiles of queries in flight for each warpgroup.
-_PAGES, _TILES = 2, 2
-# Sums of a row's weights for which no reference is needed, and units of its numbers: far from the ends of float32 and
-# bfloat16, so that no weight is lost but what is less than 2 ** -80 of its row's largest.
-_LEAST_TOTAL, _MOST_TOTAL, _MOST_UNIT = 2.0**-40, 2.0**60, 2.0**100
 
 
 @dataclass(frozen=True)
@@ -61,8 +53,8 @@ class TuningConfig:
         if self.ctas < 1:
             raise ValueError(f"ctas={self.ctas} must be at least 1")
         # A warpgroup looks two of its tiles ahead, into the next chunk at most.
-        if self.chunk < 2 * _WARPGROUPS or self.chunk % _WARPGROUPS:
-            raise ValueError(f"chunk={self.chunk} must be a multiple of {_WARPGROUPS} from {2 * _WARPGROUPS} on")
+        if self.chunk < 2 * WARPGROUPS or self.chunk % WARPGROUPS:
+            raise ValueError(f"chunk={self.chunk} must be a multiple of {WARPGROUPS} from {2 * WARPGROUPS} on")
         if self.window < 1:
             raise ValueError(f"window={self.window} must be at least 1")
 
@@ -72,7 +64,7 @@ class TuningConfig:
         return cls() if 128 * num_items <= 2048 * top_k else cls(window=8192, chunk=96)
 
 
-@functools.partial(jax.jit, static_argnames=("parts", "pairs", "scale", "config", "interpret"))
+@functools.partial(jax.jit, static_argnames=("parts", "pairs", "spare_tiles", "scale", "config", "interpret"))
 def attend_prefill(
     q,
     k,
@@ -83,6 +75,7 @@ def attend_prefill(
     *,
     parts: int,
     pairs: int,
+    spare_tiles: int,
     scale: float,
     config: TuningConfig,
     interpret: Any,
@@ -92,16 +85,16 @@ def attend_prefill(
     q [T, K, G, H]; k, v [P, K, S, H]; tails [B, K, S, H], the last page of each sequence without its unused slots.
     part: i32[1], so that one kernel serves them all.
     Returns i32[tiles, 4 * G, row words] as `mosaic_gpu_partials` says, from the part's first tile on. What belongs to
-    no pair holds anything, but for the last tile, which says that there is nothing.
+    no pair holds anything, but for the last tile, which says that there is nothing. Ahead of that one
+    there is room for so many spare tiles.
     """
     max_tiles = plan.tile_run.shape[0]
     keys = plan.ends.shape[0] // parts
-    out_tiles = most_tiles(pairs, keys) + 1
+    out_tiles = most_tiles(pairs, keys) + spare_tiles + 1
     factor = scale * math.log2(math.e)
     dtype = q.dtype
     row_words = packing.row_words_of(dtype)
-    # Of float16 weights overflow soon.
-    attempts = 1 if dtype == jnp.float16 else 2
+    most_attempts = attempts.most_of(dtype)
     inline = interpret is None
 
     def attend(
@@ -116,22 +109,10 @@ def attend_prefill(
         ends_gmem,
         part_gmem,
         out_gmem,
-        queries_and_rows_smem,
-        k_smem,
-        v_smem,
-        q_barrier,
-        k_barrier,
-        v_barrier,
-        k_free,
-        v_free,
-        q_free,
-        ones_smem,
-        ones_barrier,
+        memory,
         is_beyond_smem,
         tried,
-        *weights_smem,
     ):
-        q_smem, rows_smem = queries_and_rows_smem
         wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
         part = part_gmem[0] if parts > 1 else jnp.int32(0)  # reads that wait for one another are felt
         first_of_part = jnp.where(part > 0, ends_gmem[jnp.maximum(part * keys - 1, 0)], 0)
@@ -142,18 +123,8 @@ def attend_prefill(
         share = lax.div(rest + (config.ctas - 1), jnp.int32(config.ctas))
 
         def try_all(run):
-            """run(attempt, number of tiles), and again while anything was not within bounds."""
-
-            def step(state):
-                attempt, count = state
-                run(attempt, count)
-                plgpu.barrier_wait(tried)
-                found = [is_beyond_smem[attempt, i] for i in range(_WARPGROUPS)]
-                return attempt + 1, jnp.where(functools.reduce(jnp.maximum, found) > 0, count, jnp.int32(0))
-
-            # Nothing to do is nothing to wait for: a warp that is late would miss the barrier's second turn.
             count = rounds * config.chunk + jnp.clip(rest - cta * share, 0, share)
-            lax.while_loop(lambda state: (state[1] > 0) & (state[0] < attempts), step, (jnp.int32(0), count))
+            attempts.until_within(run, count, is_beyond_smem, tried)
 
         def chunks_of(count):
             return lax.div(count + (config.chunk - 1), jnp.int32(config.chunk))
@@ -185,17 +156,8 @@ def attend_prefill(
             def step(i, units):
                 # It comes from memory.
                 following = units_of(i + 1)
-                consumer = lax.rem(i, jnp.int32(_WARPGROUPS))
-                turn = lax.div(i, jnp.int32(_WARPGROUPS))
-                slot = consumer * _TILES + lax.rem(turn, jnp.int32(_TILES))
-
-                @warp_when(turn >= _TILES)
-                def _():
-                    plgpu.barrier_wait(q_free.at[slot])
-
-                for r, unit in enumerate(units):
-                    where = q_smem.at[slot, pl.ds(r * GROUP, GROUP)]
-                    plgpu.copy_gmem_to_smem(q_gmem.at[unit], where, q_barrier.at[slot])
+                consumer, turn = lax.rem(i, jnp.int32(WARPGROUPS)), lax.div(i, jnp.int32(WARPGROUPS))
+                memory.bring_queries(consumer, turn, q_gmem, units)
                 return following
 
             lax.fori_loop(0, count, step, units_of(jnp.int32(0)))
@@ -203,25 +165,7 @@ def attend_prefill(
         def produce_pages(_, count):
             def visit(number, run):
                 head, page, tail = (runs_gmem[run, i] for i in range(3))
-                slot = lax.rem(number, jnp.int32(_PAGES))
-
-                @warp_when(number >= _PAGES)
-                def _():
-                    plgpu.barrier_wait(k_free.at[slot])
-
-                plgpu.copy_gmem_to_smem(k_gmem.at[page, head], k_smem.at[slot], k_barrier.at[slot])
-
-                @warp_when(number >= _PAGES)
-                def _():
-                    plgpu.barrier_wait(v_free.at[slot])
-
-                @warp_when(tail < 0)
-                def _():
-                    plgpu.copy_gmem_to_smem(v_gmem.at[page, head], v_smem.at[slot], v_barrier.at[slot])
-
-                @warp_when(tail >= 0)
-                def _():
-                    plgpu.copy_gmem_to_smem(tails_gmem.at[tail, head], v_smem.at[slot], v_barrier.at[slot])
+                memory.bring_page(number, k_gmem, v_gmem, tails_gmem, page, head, tail)
 
             def step(chunk, carry):
                 visits, (first_run, last_run) = carry
@@ -232,15 +176,10 @@ def attend_prefill(
 
             visits, _ = lax.fori_loop(0, chunks_of(count), step, (jnp.int32(0), runs_of(jnp.int32(0), count)))
 
-            # Every completion of a barrier has to be awaited; the last page is never given back.
-            def drain(i, _):
-                slot = lax.rem(i, jnp.int32(_PAGES))
-                plgpu.barrier_wait(k_free.at[slot])
-                plgpu.barrier_wait(v_free.at[slot])
+            # The last page is never given back.
+            memory.await_free_pages(jnp.maximum(visits - PAGES, 0), visits - 1)
 
-            lax.fori_loop(jnp.maximum(visits - _PAGES, 0), visits - 1, drain, None)
-
-        @when(wg == _WARPGROUPS)
+        @when(wg == WARPGROUPS)
         def _produce():
             plgpu.set_max_registers(32, action="decrease")
 
@@ -251,10 +190,10 @@ def attend_prefill(
                 warp_when(warp == 0)(functools.partial(try_all, produce_pages))
                 warp_when(warp == 1)(functools.partial(try_all, produce_queries))
 
-        @when(wg < _WARPGROUPS)
+        @when(wg < WARPGROUPS)
         def _consume():
             plgpu.set_max_registers(160, action="increase")
-            per_chunk = config.chunk // _WARPGROUPS
+            per_chunk = config.chunk // WARPGROUPS
 
             def numbers_of(chunk):
                 """The numbers of the warpgroup's first tiles in the chunk and in the next one."""
@@ -264,25 +203,25 @@ def attend_prefill(
                 """Of the warpgroup's tile i from the first of a chunk on, or of the next; behind the last something."""
                 number, next_number = numbers
                 first = jnp.where(i < per_chunk, number, next_number - config.chunk)
-                return tile_run_gmem[jnp.minimum(first + i * _WARPGROUPS, max_tiles - 1)]
+                return tile_run_gmem[jnp.minimum(first + i * WARPGROUPS, max_tiles - 1)]
 
             def slot_of(i):
-                return wg * _TILES + lax.rem(i, jnp.int32(_TILES))
+                return wg * TILES + lax.rem(i, jnp.int32(TILES))
 
             # Found once: it takes a quotient.
-            firsts = [tiles.first_row(wg * _TILES + i, dtype) for i in range(_TILES)]
+            firsts = [tiles.first_row(wg * TILES + i, dtype) for i in range(TILES)]
 
             def rows_of(i):
-                first = jnp.where(lax.rem(i, jnp.int32(_TILES)) == 0, *firsts)
-                return rows_smem.at[pl.ds(first, tiles.ROWS)]
+                first = jnp.where(lax.rem(i, jnp.int32(TILES)) == 0, *firsts)
+                return memory.rows(first)
 
             def go_on(visit, to):
                 """Give pages back and wait for the next one, from one visit to another."""
 
                 def step(visit, _):
-                    for free, arrived in ((k_free, k_barrier), (v_free, v_barrier)):
-                        plgpu.barrier_arrive(free.at[lax.rem(visit, jnp.int32(_PAGES))])
-                        plgpu.barrier_wait(arrived.at[lax.rem(visit + 1, jnp.int32(_PAGES))])
+                    for free, arrived in ((memory.k_free, memory.k_arrived), (memory.v_free, memory.v_arrived)):
+                        plgpu.barrier_arrive(free.at[lax.rem(visit, jnp.int32(PAGES))])
+                        plgpu.barrier_wait(arrived.at[lax.rem(visit + 1, jnp.int32(PAGES))])
 
                 lax.fori_loop(visit, to, step, None)
 
@@ -294,17 +233,17 @@ def attend_prefill(
 
             def step(i, carry, first, numbers, ahead, own_count, by_largest):
                 """Tile i, of a chunk from tile `first` on in which visits are so far ahead of runs."""
-                visit, tile_run, next_tile_run, least, most = carry
-                number = numbers[0] + (i - first) * _WARPGROUPS
+                visit, tile_run, next_tile_run, bounds = carry
+                number = numbers[0] + (i - first) * WARPGROUPS
                 this_visit = run_of(tile_run) + ahead
                 go_on(visit, this_visit)
-                page = lax.rem(this_visit, jnp.int32(_PAGES))
-                plgpu.barrier_wait(q_barrier.at[slot_of(i)])
+                page = lax.rem(this_visit, jnp.int32(PAGES))
+                plgpu.barrier_wait(memory.q_arrived.at[slot_of(i)])
 
                 is_cut = (tile_run & jnp.int32(1)) > 0
 
                 def multiply_k(acc):
-                    plgpu.wgmma(acc, q_smem.at[slot_of(i)], k_smem.at[page].T)
+                    plgpu.wgmma(acc, memory.queries.at[slot_of(i)], memory.k.at[page].T)
                     # Comes from memory meanwhile: of the tile after the next, and what is seldom needed.
                     following = tile_run_of(i + 2 - first, numbers)
                     limits = cond(is_cut, lambda: limits_gmem[number], lambda: jnp.int32(0))
@@ -317,15 +256,15 @@ def attend_prefill(
 
                 @when(jnp.logical_and(i >= 1, i + 1 < own_count))
                 def _():
-                    plgpu.barrier_arrive(q_free.at[slot_of(i + 1)])
+                    plgpu.barrier_arrive(memory.q_free.at[slot_of(i + 1)])
 
                 logits = cond(is_cut, tiles.masked, lambda logits, _: logits, logits, limits)
                 slope, reference = cond(by_largest, from_largest, from_nothing, logits)
                 weights = jnp.exp2(logits * tiles.along(slope) - tiles.along(reference)).astype(dtype)
 
                 def multiply_v(values, totals):
-                    where = weights_smem[0].at[wg] if weights_smem else None
-                    tiles.multiply(weights, v_smem.at[page], ones_smem, values, totals, where)
+                    where = None if inline else memory.weights.at[wg]
+                    tiles.multiply(weights, memory.v.at[page], memory.ones, where, values, totals)
                     return values[...], totals[...]
 
                 accs = [plgpu.ACC((tiles.ROWS, width), jnp.float32) for width in (DIM, tiles.ONES[0])]
@@ -334,13 +273,11 @@ def attend_prefill(
                 rows = rows_of(i)
                 out = out_gmem.at[number - first_of_part]
                 unit = tiles.store(rows, out, values, reference, total, dtype, inline)
-                least = jnp.minimum(least, total)
-                most = jnp.maximum(most, jnp.maximum(total, unit * (_MOST_TOTAL / _MOST_UNIT)))
-                return this_visit, next_tile_run, following, least, most
+                return this_visit, next_tile_run, following, attempts.wider(bounds, total, unit)
 
             def consume(attempt, count):
-                own_count = lax.div(count - wg + (_WARPGROUPS - 1), jnp.int32(_WARPGROUPS))
-                of_attempt = functools.partial(step, own_count=own_count, by_largest=attempt == attempts - 1)
+                own_count = lax.div(count - wg + (WARPGROUPS - 1), jnp.int32(WARPGROUPS))
+                of_attempt = functools.partial(step, own_count=own_count, by_largest=attempt == most_attempts - 1)
 
                 def over_chunk(chunk, carry):
                     visits, (first_run, last_run), *state = carry
@@ -352,69 +289,34 @@ def attend_prefill(
                     state = lax.fori_loop(first, end, of_chunk, tuple(state))
                     return ahead + last_run + 1, following, *state
 
-                plgpu.barrier_wait(k_barrier.at[0])
-                plgpu.barrier_wait(v_barrier.at[0])
+                plgpu.barrier_wait(memory.k_arrived.at[0])
+                plgpu.barrier_wait(memory.v_arrived.at[0])
                 tile_runs = [tile_run_of(jnp.int32(i), numbers_of(jnp.int32(0))) for i in range(2)]
-                start = (jnp.int32(0), runs_of(jnp.int32(0), count), jnp.int32(0), *tile_runs, each(1.0), each(1.0))
-                visits, _, visit, _, _, least, most = lax.fori_loop(0, chunks_of(count), over_chunk, start)
+                start = (jnp.int32(0), runs_of(jnp.int32(0), count), jnp.int32(0), *tile_runs, attempts.bounds())
+                visits, _, visit, _, _, bounds = lax.fori_loop(0, chunks_of(count), over_chunk, start)
                 go_on(visit, visits - 1)
                 # Nothing is brought, and nothing stored, where something is still on its way from.
                 plgpu.wait_smem_to_gmem(0)
-                is_within = jnp.logical_and(least >= _LEAST_TOTAL, most <= _MOST_TOTAL)
-                first = firsts[0]
-                is_beyond = jnp.where(is_within, each(0, jnp.int32), each(1, jnp.int32))
-                rows_smem.at[pl.ds(first, tiles.ROWS), 0][...] = is_beyond
-                plgpu.commit_smem()
-                is_beyond_smem[attempt, wg] = lax.fori_loop(
-                    0, tiles.ROWS, lambda row, found: jnp.maximum(found, rows_smem[first + row, 0]), 0, unroll=8
-                )
-                plgpu.commit_smem()
-                plgpu.barrier_arrive(tried)
+                attempts.vote(bounds, attempt, wg, memory.rows(firsts[0]), is_beyond_smem, tried)
 
-            @when(wg == 0)
-            def _():
-                ones_smem[...] = full(tiles.ONES, 1, dtype, FEW_ROWS)
-                plgpu.commit_smem()
-                plgpu.barrier_arrive(ones_barrier)
-
-            plgpu.barrier_wait(ones_barrier)
+            when(wg == 0)(memory.write_ones)
+            plgpu.barrier_wait(memory.ones_written)
             try_all(consume)
 
             # The last one has the fewest tiles.
             @when(jnp.logical_and(cta == config.ctas - 1, wg == 0))
             def _():
-                rows = rows_smem.at[pl.ds(0, tiles.ROWS)]
-                tiles.store_nothing(rows, out_gmem.at[out_tiles - 1], dtype, inline)
+                tiles.store_nothing(memory.rows(0), out_gmem.at[out_tiles - 1], dtype, inline)
                 plgpu.wait_smem_to_gmem(0)
 
-    page = plgpu.SMEM((_PAGES, PAGE_SIZE, DIM), dtype, transforms=TILING)
-    queries_and_rows = tiles.queries_and_results(_WARPGROUPS * _TILES, dtype)
-    scratch = [
-        # The interpreter takes a union as a whole for one or the other, not each slot for itself.
-        plgpu.RefUnion(*queries_and_rows) if interpret is None else queries_and_rows,
-        page,
-        page,
-        plgpu.Barrier(num_arrivals=TILE_PAIRS, num_barriers=_WARPGROUPS * _TILES),
-        plgpu.Barrier(num_barriers=_PAGES),
-        plgpu.Barrier(num_barriers=_PAGES),
-        plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=_PAGES),
-        plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=_PAGES),
-        plgpu.Barrier(num_barriers=_WARPGROUPS * _TILES),
-        plgpu.SMEM(tiles.ONES, dtype, transforms=TILING),
-        plgpu.Barrier(),
-        plgpu.SMEM((attempts, _WARPGROUPS), jnp.int32),
-        plgpu.Barrier(num_arrivals=_WARPGROUPS),
-    ]
-    if interpret is not None:  # it multiplies from shared memory only
-        scratch.append(plgpu.SMEM((_WARPGROUPS, tiles.ROWS, PAGE_SIZE), dtype, transforms=TILING))
     return plgpu.kernel(
         attend,
         out_type=jax.ShapeDtypeStruct((out_tiles, tiles.ROWS, row_words), jnp.int32),
         grid=(config.ctas,),
         grid_names=("cta",),
-        num_threads=_WARPGROUPS + 1,
+        num_threads=WARPGROUPS + 1,
         thread_name="wg",
-        scratch_types=scratch,
+        scratch_types=[memory_of(dtype, inline=inline), *attempts.scratch(most_attempts, WARPGROUPS)],
         # Without a barrier before and behind whatever is written: a warp writes where it alone has read.
         compiler_params=compiler_params(approx_math=True, reduction_scratch_bytes=0, unsafe_no_auto_barriers=True),
         **({} if interpret is None else {"interpret": interpret}),

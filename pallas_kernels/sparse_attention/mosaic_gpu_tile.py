@@ -24,10 +24,17 @@ from pallas_kernels.sparse_attention import mosaic_gpu_partials as packing
 from pallas_kernels.sparse_attention.mosaic_gpu_plan import LIMIT_BITS, TILE_PAIRS
 
 ROWS = TILE_PAIRS * GROUP
+VALUES = (ROWS, DIM)
 _WGMMA = plgpu.Layout.WGMMA
 # Weights that are added up at a time: shared memory has not room for as many ones as a page has keys.
 _ONES = 64
 ONES = (COLUMNS, _ONES)
+TOTALS = (ROWS, COLUMNS)
+# Of a word that says how many of a page's keys each pair of a tile sees, 0 to PAGE_SIZE.
+SEEN_BITS = 8
+ALL_SEEN = sum(PAGE_SIZE << (i * SEEN_BITS) for i in range(TILE_PAIRS)) - 2**32
+# Set where some are seen, but not all.
+PARTLY_SEEN = sum((PAGE_SIZE - 1) << (i * SEEN_BITS) for i in range(TILE_PAIRS))
 # Of a warpgroup.
 _THREADS = 128
 # Where logits in base 2 are nothing but even numbers in float32.
@@ -64,8 +71,29 @@ def along(rows: Any) -> Any:
 
 def masked(logits: Any, limits: Any) -> Any:
     """Without the keys behind the last one that each pair sees. limits: of the plan, LIMIT_BITS for each pair."""
-    row, key = (plgpu.broadcasted_iota(jnp.int32, logits.shape, axis, layout=_WGMMA) for axis in range(2))
-    limit = lax.shift_right_logical(limits, lax.div(row, jnp.int32(GROUP)) * LIMIT_BITS) & jnp.int32(PAGE_SIZE - 1)
+    return _up_to(logits, _field_of(logits, limits, LIMIT_BITS))
+
+
+def masked_from(logits: Any, seen: Any) -> Any:
+    """Without the keys that each pair does not see. seen: how many it sees from the first one on, SEEN_BITS each."""
+    return _up_to(logits, _field_of(logits, seen, SEEN_BITS) - 1)
+
+
+def sees(seen: Any) -> Any:
+    """For each row whether its pair sees anything, of a word as `masked_from` takes."""
+    row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=_WGMMA.reduce(1))
+    return (lax.shift_right_logical(seen, lax.div(row, jnp.int32(GROUP)) * SEEN_BITS) & jnp.int32(2**SEEN_BITS - 1)) > 0
+
+
+def _field_of(logits: Any, fields: Any, bits: int) -> Any:
+    """Of each row's pair its part of a word."""
+    row = plgpu.broadcasted_iota(jnp.int32, logits.shape, 0, layout=_WGMMA)
+    return lax.shift_right_logical(fields, lax.div(row, jnp.int32(GROUP)) * bits) & jnp.int32(2**bits - 1)
+
+
+def _up_to(logits: Any, limit: Any) -> Any:
+    """Without the keys behind a limit of each row, or behind none where it is negative."""
+    key = plgpu.broadcasted_iota(jnp.int32, logits.shape, 1, layout=_WGMMA)
     # A thread has the same two of each COLUMNS keys, so it compares constants with two numbers of its own.
     bits = jnp.int32(COLUMNS.bit_length() - 1)
     last = lax.shift_right_arithmetic(limit - (key & jnp.int32(COLUMNS - 1)), bits)
@@ -86,7 +114,7 @@ def slope_and_reference(logits: Any, factor: float) -> tuple[Any, Any]:
     return slope, largest * slope
 
 
-def multiply(weights: Any, v: Any, ones: Any, values: Any, totals: Any, weights_smem: Any) -> None:
+def multiply(weights: Any, v: Any, ones: Any, weights_smem: Any, values: Any, totals: Any) -> None:
     """Add the products of weights with v to values, and their sums to each of the totals.
 
     The sum is of what is multiplied, so that the rounding of equal weights cancels.

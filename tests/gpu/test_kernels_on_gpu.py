@@ -14,6 +14,7 @@ import pytest
 
 from pallas_kernels.index_sparse_attention.api import OPERATIONS as BOTH
 from pallas_kernels.index_topk.api import OPERATIONS as INDEX
+from pallas_kernels.sparse_attention import mosaic_gpu
 from pallas_kernels.sparse_attention.api import OPERATIONS as ATTENTION
 
 pytestmark = pytest.mark.gpu
@@ -25,7 +26,10 @@ TOLERANCES = {"bfloat16": 4e-3, "float16": 5e-4}
 
 @dataclass(frozen=True)
 class Bucket:
-    """Static shapes of a call: `tokens` is Q, tokens a sequence, in a decode call, and T in a prefill call."""
+    """Static shapes of a call: `tokens` is Q, tokens a sequence, in a decode call, and T in a prefill call.
+
+    in_common: attention looks for blocks that neighbouring rows have in common, where it would not by itself.
+    """
 
     kind: str
     sequences: int
@@ -38,9 +42,11 @@ class Bucket:
     local_blocks: int = 1
     dtype: str = "bfloat16"
     impl: str = "mosaic_gpu"
+    in_common: bool = False
 
     def __str__(self) -> str:
-        return f"{self.kind}-B{self.sequences}-T{self.tokens}-M{self.table_width}-P{self.pages}-K{self.kv_heads}"
+        sizes = f"B{self.sequences}-T{self.tokens}-M{self.table_width}-P{self.pages}-K{self.kv_heads}"
+        return f"{self.kind}-{sizes}{'-in-common' if self.in_common else ''}"
 
     @property
     def rows(self) -> int:
@@ -66,6 +72,11 @@ BUCKETS = (
     Bucket("prefill", 3, 301, 600, 900, 4, 32, 1, 2),
     Bucket("prefill", 256, 777, 8, 400, 4, 16),
     Bucket("prefill", 1, 3, 1100, 1200, 1, 16, 0, 2),
+    Bucket("prefill", 1, 500, 40, 60, 4, 16, in_common=True),
+    Bucket("prefill", 5, 700, 24, 50, 2, 8, 2, 0, "float16", in_common=True),
+    Bucket("prefill", 20, 333, 9, 300, 1, 4, in_common=True),
+    Bucket("prefill", 2, 900, 64, 150, 2, 32, 1, 2, in_common=True),
+    Bucket("prefill", 256, 777, 8, 400, 4, 16, in_common=True),
 )
 
 
@@ -191,7 +202,13 @@ def run_and_compare(bucket: Bucket, exact: bool, seed, table, filled, lengths, p
 
 
 @pytest.mark.parametrize("bucket", BUCKETS, ids=str)
-def test_random_batches(bucket: Bucket):
+def test_random_batches(bucket: Bucket, monkeypatch: pytest.MonkeyPatch):
+    if bucket.in_common:
+        monkeypatch.setattr(mosaic_gpu, "_looks_for_common", lambda *_: True)
+    check_random_batches(bucket)
+
+
+def check_random_batches(bucket: Bucket) -> None:
     """Exact data: the same ids in the same order. Real data: the same up to what rounding can turn round."""
     rng = np.random.default_rng(len(str(bucket)))
     for draw in range(DRAWS):

@@ -76,7 +76,7 @@ def test_random_batches(bucket: on_gpu.Bucket, monkeypatch):
     """A few of them, whatever M3_KERNEL_DRAWS says: it asks for thousands for the kernels that are preferred."""
     skip_unless_supported()
     monkeypatch.setattr(on_gpu, "DRAWS", min(on_gpu.DRAWS, 4))
-    on_gpu.test_random_batches(replace(bucket, impl="triton"))
+    on_gpu.check_random_batches(replace(bucket, impl="triton"))
 
 
 def skip_unless_supported() -> None:

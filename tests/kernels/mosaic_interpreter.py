@@ -186,6 +186,45 @@ def attention_prefill() -> None:
         check_attention(batch, jax.jit(attend)(*args), block_ids)
 
 
+def attention_prefill_in_common() -> None:
+    """Blocks that neighbours have in common in a kernel of their own: all, some or none of a group's; several parts.
+
+    Of 36 blocks, so that they take two words.
+    """
+    sizes = replace(SIZES, num_rows=40, table_width=36)
+    case = replace(CASE, lens=((470, 20), (0, 1), (4400, 14)), sizes=sizes, data="normal")
+    batch = make_batch(case, decode=False)
+    chosen = batch.choice()
+    some = chosen.copy()
+    # In every group some rows that chose otherwise, or nothing.
+    some[::6], some[1::12] = random_choice(batch)[::6], -1
+    config = attending_prefill.TuningConfig(window=16, chunk=6, ctas=2)
+    for block_ids, pairs in ((chosen, 40 * 8), (some, 16 * 8)):
+        options = {"scale": batch.scale, "config": config, "pairs": pairs, "in_common": True, "interpret": RACES}
+        attend = functools.partial(attention._prefill, **options)
+        check_attention(batch, jax.jit(attend)(*batch.attention_args(block_ids)), block_ids)
+
+
+def attention_prefill_in_common_bounds() -> None:
+    """As below; and a logit beyond float32 of a row with a block that it did not choose, and its neighbours did."""
+    sizes = replace(SIZES, num_rows=12, num_kv_heads=1)
+    case = replace(CASE, lens=((400, 12), (0, 0), (0, 0)), sizes=sizes, data="normal", poison=0.0)
+    batch = make_batch(case, decode=False)
+    block_ids = np.tile(np.array([0, 1, 2, 3], np.int32), (12, 1, 1))
+    block_ids[5] = [[-1, 3, 2, -1]]
+    large = np.ones_like(batch.q)
+    large[3] = 200
+    q, k = batch.q.copy(), batch.k.copy()
+    pages = batch.block_table[0]
+    q[..., 0], k[pages[2:4], :, :, 0], k[pages[:2], :, :, 0] = 0, 0, 2.0**100
+    q[5, :, 0] = 2.0**100
+    config = attending_prefill.TuningConfig(window=16, chunk=6, ctas=1)
+    options = {"config": config, "in_common": True, "interpret": RACES}
+    for case in (replace(batch, q=batch.q * large), replace(batch, q=q, k=k)):
+        attend = functools.partial(attention._prefill, scale=batch.scale, **options)
+        check_attention(case, jax.jit(attend)(*case.attention_args(block_ids)), block_ids)
+
+
 def attention_prefill_bounds() -> None:
     """CTAs begin anew where something is out of bounds, all else stands as it was first found."""
     case = replace(CASE, lens=((300, 7), (0, 0), (0, 1)), sizes=replace(SIZES, num_rows=9), data="normal", poison=0.0)
@@ -228,6 +267,8 @@ CHECKS = {
         norm_rope_cache,
         paged_attention_decode,
         attention_prefill,
+        attention_prefill_in_common,
+        attention_prefill_in_common_bounds,
         attention_prefill_bounds,
         skinny_matmul,
     )

@@ -13,10 +13,11 @@ CHECKS = (
     ("index_decode", "index_prefill", "index_candidates", "choose_special_scores", "index_attention_decode"),
     ("attention_decode", "paged_attention_decode", "attention_prefill", "norm_rope_cache"),
     ("attention_prefill_bounds", "skinny_matmul"),
+    ("attention_prefill_in_common", "attention_prefill_in_common_bounds"),
 )
 
 
-@pytest.mark.parametrize("checks", CHECKS, ids=["index", "attention", "bounds"])
+@pytest.mark.parametrize("checks", CHECKS, ids=["index", "attention", "bounds", "in common"])
 def test_interpreted(checks: tuple[str, ...]):
     """In a process of its own: the number of threads has to be set before jax is imported."""
     paths = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])

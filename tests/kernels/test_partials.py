@@ -7,8 +7,8 @@ import pytest
 from m3_jax import plan
 from pallas_kernels.hopper import DIM, GROUP
 from pallas_kernels.sparse_attention import mosaic_gpu
+from pallas_kernels.sparse_attention import mosaic_gpu_memory as memory
 from pallas_kernels.sparse_attention import mosaic_gpu_partials as packing
-from pallas_kernels.sparse_attention import mosaic_gpu_prefill as prefill
 from pallas_kernels.sparse_attention import mosaic_gpu_tile as tiles
 
 DTYPES = (jnp.bfloat16, jnp.float16)
@@ -105,7 +105,7 @@ def test_results_lie_within_their_slot(dtype):
     row = 4 * packing.row_words_of(dtype)
     assert packing.words_of(dtype) + 2 <= packing.row_words_of(dtype)
     slot_bytes = 64 * DIM * 2
-    for slot in range(prefill._WARPGROUPS * prefill._TILES):
+    for slot in range(memory.WARPGROUPS * memory.TILES):
         first = tiles.first_row(slot, dtype) * row
         assert first % 128 == 0
         assert slot * slot_bytes <= first
@@ -117,3 +117,4 @@ def test_the_planner_of_memory_knows_their_size():
     sizes = [4 * GROUP * packing.row_words_of(dtype) for dtype in DTYPES]
     assert sizes == [plan.PARTIAL_BYTES, plan.WIDE_PARTIAL_BYTES]
     assert plan.PARTIALS == mosaic_gpu._PAIRS
+    assert plan.COMMON_BLOCKS == mosaic_gpu._MOST_BLOCKS
