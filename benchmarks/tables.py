@@ -97,10 +97,15 @@ def kernels_table(record: dict[str, Any]) -> str:
 
 
 def _compiled_in(buckets: list[dict[str, Any]]) -> str:
-    medians = " s in a new process and ".join(f"{bucket['total']:.1f}" for bucket in buckets)
+    which = (
+        "in a new process",
+        "for another bucket",
+        "for one of few blocks, where prefill's attention looks for common ones",
+    )
+    medians = ", ".join(f"{bucket['total']:.1f} s {name}" for bucket, name in zip(buckets, which, strict=True))
     totals = [total for bucket in buckets for total in bucket["totals"]]
     of_processes = f"medians of {len(buckets[0]['totals'])} processes, {min(totals):.1f} to {max(totals):.1f} s"
-    return f"{medians} s for another bucket ({of_processes})"
+    return f"{medians} ({of_processes})"
 
 
 def kernels_triton_table(record: dict[str, Any]) -> str:
