@@ -19,7 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.sparse_attention.mosaic_gpu_tile import ROWS, each
 
 # Sums of a row's weights for which no reference is needed, and units of its numbers: far from the ends of float32 and
-# bfloat16, so that no weight is lost but what is less than 2 ** -80 of its row's largest.
+# bfloat16, so that no weight is lost but what is less than 2 ** -74 of its row's largest, of some thousand keys.
 _LEAST_TOTAL, _MOST_TOTAL, _MOST_UNIT = 2.0**-40, 2.0**60, 2.0**100
 
 

@@ -2,8 +2,11 @@
 
 A CTA takes one unit, a group of rows and a KV head, after the other: each of three warpgroups has four of its rows with
 their 16 query heads, which are the 64 rows of a wgmma, and all three walk over the unit's common blocks, of which two
-pages are on their way at any time. An online softmax leaves one partial result for all of a row's common blocks, in the
-form of those of `mosaic_gpu_prefill`, which writes one for each block.
+pages are on their way at any time. They leave one partial result for all of a row's common blocks, in the form of those
+of `mosaic_gpu_prefill`, which writes one for each block.
+
+A row that did not choose one of the blocks multiplies it by zeros. So an infinity or a NaN among a block's values, in a
+slot that its sequence uses, becomes a NaN in the whole group, where a row by itself would not have met it.
 """
 
 # jax does not export every name of Mosaic GPU.
@@ -27,7 +30,7 @@ from pallas_kernels.sparse_attention import mosaic_gpu_attempts as attempts
 from pallas_kernels.sparse_attention import mosaic_gpu_neighbours as neighbours
 from pallas_kernels.sparse_attention import mosaic_gpu_partials as packing
 from pallas_kernels.sparse_attention import mosaic_gpu_tile as tiles
-from pallas_kernels.sparse_attention.mosaic_gpu_memory import PAGES, TILES, WARPGROUPS
+from pallas_kernels.sparse_attention.mosaic_gpu_memory import PAGES, TILES, WARPGROUPS, bring, slot_of
 from pallas_kernels.sparse_attention.mosaic_gpu_memory import memory as memory_of
 from pallas_kernels.sparse_attention.mosaic_gpu_plan import TILE_PAIRS
 
@@ -125,11 +128,12 @@ def attend_common(
         try_all = functools.partial(attempts.until_within, count=own_units, is_beyond=is_beyond_smem, tried=tried)
 
         def produce_queries(_, count):
-            def bring(i, turn):
+            def bring_unit(i, turn):
                 group, head = group_and_head(i)
 
                 def of_warpgroup(consumer, _):
-                    of_tile = [row_of(group, consumer * TILE_PAIRS + i) * kv_heads + head for i in range(TILE_PAIRS)]
+                    rows = [consumer * TILE_PAIRS + number for number in range(TILE_PAIRS)]
+                    of_tile = [row_of(group, row) * kv_heads + head for row in rows]
                     memory.bring_queries(consumer, turn, q_gmem, of_tile)
 
                 lax.fori_loop(0, WARPGROUPS, of_warpgroup, None)
@@ -138,14 +142,14 @@ def attend_common(
                 turn, bits = carry
                 # They come from memory.
                 following = blocks_of(i + 1)
-                warp_when(any_of(bits))(functools.partial(bring, i, turn))
+                warp_when(any_of(bits))(functools.partial(bring_unit, i, turn))
                 return turn + jnp.where(any_of(bits), jnp.int32(1), jnp.int32(0)), following
 
             turns, _ = lax.fori_loop(0, count, step, (jnp.int32(0), blocks_of(jnp.int32(0))))
 
             # Every completion of a barrier has to be awaited; the last queries are never given back.
             def drain(consumer, _):
-                plgpu.barrier_wait(memory.q_free.at[consumer * TILES + lax.rem(turns, jnp.int32(TILES))])
+                plgpu.barrier_wait(memory.q_free.at[slot_of(consumer, turns)])
 
             lax.fori_loop(0, jnp.where(turns >= TILES, WARPGROUPS, 0), drain, None)
 
@@ -185,27 +189,13 @@ def attend_common(
 
         @when(wg == WARPGROUPS)
         def _produce():
-            plgpu.set_max_registers(32, action="decrease")
-
-            @pl.core_map(plgpu.WarpMesh(axis_name="warp"))
-            def _():
-                warp = lax.axis_index("warp")
-                warp_when(warp == 0)(functools.partial(try_all, produce_pages))
-                warp_when(warp == 1)(functools.partial(try_all, produce_queries))
+            bring(functools.partial(try_all, produce_pages), functools.partial(try_all, produce_queries))
 
         @when(wg < WARPGROUPS)
         def _consume():
             plgpu.set_max_registers(160, action="increase")
 
-            def slot_of(turn):
-                return wg * TILES + lax.rem(turn, jnp.int32(TILES))
-
-            # Found once: it takes a quotient.
-            firsts = [tiles.first_row(wg * TILES + i, dtype) for i in range(TILES)]
-
-            def rows_of(turn):
-                first = jnp.where(lax.rem(turn, jnp.int32(TILES)) == 0, *firsts)
-                return memory.rows(first)
+            rows_of = memory.rows_by_turn(wg)
 
             def start_of(i):
                 """Of the CTA's unit i its common blocks, those of each of the warpgroup's rows, and their positions."""
@@ -257,7 +247,7 @@ def attend_common(
                 plgpu.barrier_wait(memory.k_arrived.at[page])
 
                 def multiply_k(acc):
-                    plgpu.wgmma(acc, memory.queries.at[slot_of(turn)], memory.k.at[page].T)
+                    plgpu.wgmma(acc, memory.queries.at[slot_of(wg, turn)], memory.k.at[page].T)
                     block, others = pop(bits)
                     return acc[...], seen_in(block, of_rows, positions), others
 
@@ -279,13 +269,13 @@ def attend_common(
 
             def attend_to(i, start, visits, turn, bounds, by_largest):
                 blocks, of_rows, positions = start
-                plgpu.barrier_wait(memory.q_arrived.at[slot_of(turn)])
+                plgpu.barrier_wait(memory.q_arrived.at[slot_of(wg, turn)])
                 # Results leave from where queries came in: once they have been read, the other slot is free.
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
                 @when(turn >= 1)
                 def _():
-                    plgpu.barrier_arrive(memory.q_free.at[slot_of(turn + 1)])
+                    plgpu.barrier_arrive(memory.q_free.at[slot_of(wg, turn + 1)])
 
                 nothing = [full(shape, 0.0, jnp.float32, _WGMMA) for shape in (tiles.VALUES, tiles.TOTALS)]
                 reference = tiles.each(jnp.where(by_largest, jnp.float32(packing.LOWEST), jnp.float32(0.0)))
@@ -323,7 +313,7 @@ def attend_common(
                 *_, bounds = lax.fori_loop(0, count, over_unit, start)
                 # Nothing is brought, and nothing stored, where something is still on its way from.
                 plgpu.wait_smem_to_gmem(0)
-                attempts.vote(bounds, attempt, wg, memory.rows(firsts[0]), is_beyond_smem, tried)
+                attempts.vote(bounds, attempt, wg, rows_of(0), is_beyond_smem, tried)
 
             when(wg == 0)(memory.write_ones)
             plgpu.barrier_wait(memory.ones_written)

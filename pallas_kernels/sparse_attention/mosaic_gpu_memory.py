@@ -7,7 +7,7 @@ brings what they need.
 # jax does not export every name of Mosaic GPU.
 # pyright: reportPrivateImportUsage=false
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -50,6 +50,17 @@ class Memory(NamedTuple):
         """The rows of a tile's results from the first on, of `mosaic_gpu_tile.first_row`."""
         return self.queries_and_rows[1].at[pl.ds(first, tiles.ROWS)]
 
+    def rows_by_turn(self, warpgroup: Any) -> Callable[[Any], Any]:
+        """Where a warpgroup's results of each turn leave from."""
+        # Found once: it takes a quotient.
+        firsts = [tiles.first_row(warpgroup * TILES + i, self.queries.dtype) for i in range(TILES)]
+
+        def rows_of(turn: Any) -> Any:
+            first = firsts[turn] if isinstance(turn, int) else jnp.where(lax.rem(turn, jnp.int32(TILES)) == 0, *firsts)
+            return self.rows(first)
+
+        return rows_of
+
     def write_ones(self) -> None:
         """For one warpgroup to do, and for all to wait for."""
         self.ones[...] = full(tiles.ONES, 1, self.ones.dtype, FEW_ROWS)
@@ -58,7 +69,7 @@ class Memory(NamedTuple):
 
     def bring_queries(self, warpgroup: Any, turn: Any, queries: Any, units: Sequence[Any]) -> None:
         """Begin to bring the queries [G, H] of a tile's units, a warpgroup's tile of that turn, once there is room."""
-        slot = warpgroup * TILES + lax.rem(turn, jnp.int32(TILES))
+        slot = slot_of(warpgroup, turn)
 
         @warp_when(turn >= TILES)
         def _():
@@ -99,6 +110,22 @@ class Memory(NamedTuple):
             plgpu.barrier_wait(self.v_free.at[slot])
 
         lax.fori_loop(first, end, wait, None)
+
+
+def slot_of(warpgroup: Any, turn: Any) -> Any:
+    """The slot of a warpgroup's tile of that turn."""
+    return warpgroup * TILES + lax.rem(turn, jnp.int32(TILES))
+
+
+def bring(*tasks: Callable[[], None]) -> None:
+    """What the warpgroup does that brings: each task by a warp of its own."""
+    plgpu.set_max_registers(32, action="decrease")
+
+    @pl.core_map(plgpu.WarpMesh(axis_name="warp"))
+    def _():
+        warp = lax.axis_index("warp")
+        for number, task in enumerate(tasks):
+            warp_when(warp == number)(task)
 
 
 def memory(dtype: Any, *, inline: bool) -> Memory:

@@ -29,11 +29,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import DIM, GROUP, NUM_SMS, PAGE_SIZE
-from pallas_kernels.mosaic import compiler_params, cond, warp_when, when
+from pallas_kernels.mosaic import compiler_params, cond, when
 from pallas_kernels.sparse_attention import mosaic_gpu_attempts as attempts
 from pallas_kernels.sparse_attention import mosaic_gpu_partials as packing
 from pallas_kernels.sparse_attention import mosaic_gpu_tile as tiles
-from pallas_kernels.sparse_attention.mosaic_gpu_memory import PAGES, TILES, WARPGROUPS
+from pallas_kernels.sparse_attention.mosaic_gpu_memory import PAGES, WARPGROUPS, bring, slot_of
 from pallas_kernels.sparse_attention.mosaic_gpu_memory import memory as memory_of
 from pallas_kernels.sparse_attention.mosaic_gpu_plan import Plan, most_tiles
 from pallas_kernels.sparse_attention.mosaic_gpu_tile import each
@@ -85,8 +85,8 @@ def attend_prefill(
     q [T, K, G, H]; k, v [P, K, S, H]; tails [B, K, S, H], the last page of each sequence without its unused slots.
     part: i32[1], so that one kernel serves them all.
     Returns i32[tiles, 4 * G, row words] as `mosaic_gpu_partials` says, from the part's first tile on. What belongs to
-    no pair holds anything, but for the last tile, which says that there is nothing. Ahead of that one
-    there is room for so many spare tiles.
+    no pair holds anything, but for the last tile, which says that there is nothing. Ahead of that one there is room for
+    so many spare tiles.
     """
     max_tiles = plan.tile_run.shape[0]
     keys = plan.ends.shape[0] // parts
@@ -181,14 +181,7 @@ def attend_prefill(
 
         @when(wg == WARPGROUPS)
         def _produce():
-            plgpu.set_max_registers(32, action="decrease")
-
-            @pl.core_map(plgpu.WarpMesh(axis_name="warp"))
-            def _():
-                warp = lax.axis_index("warp")
-
-                warp_when(warp == 0)(functools.partial(try_all, produce_pages))
-                warp_when(warp == 1)(functools.partial(try_all, produce_queries))
+            bring(functools.partial(try_all, produce_pages), functools.partial(try_all, produce_queries))
 
         @when(wg < WARPGROUPS)
         def _consume():
@@ -205,15 +198,7 @@ def attend_prefill(
                 first = jnp.where(i < per_chunk, number, next_number - config.chunk)
                 return tile_run_gmem[jnp.minimum(first + i * WARPGROUPS, max_tiles - 1)]
 
-            def slot_of(i):
-                return wg * TILES + lax.rem(i, jnp.int32(TILES))
-
-            # Found once: it takes a quotient.
-            firsts = [tiles.first_row(wg * TILES + i, dtype) for i in range(TILES)]
-
-            def rows_of(i):
-                first = jnp.where(lax.rem(i, jnp.int32(TILES)) == 0, *firsts)
-                return memory.rows(first)
+            rows_of = memory.rows_by_turn(wg)
 
             def go_on(visit, to):
                 """Give pages back and wait for the next one, from one visit to another."""
@@ -238,12 +223,12 @@ def attend_prefill(
                 this_visit = run_of(tile_run) + ahead
                 go_on(visit, this_visit)
                 page = lax.rem(this_visit, jnp.int32(PAGES))
-                plgpu.barrier_wait(memory.q_arrived.at[slot_of(i)])
+                plgpu.barrier_wait(memory.q_arrived.at[slot_of(wg, i)])
 
                 is_cut = (tile_run & jnp.int32(1)) > 0
 
                 def multiply_k(acc):
-                    plgpu.wgmma(acc, memory.queries.at[slot_of(i)], memory.k.at[page].T)
+                    plgpu.wgmma(acc, memory.queries.at[slot_of(wg, i)], memory.k.at[page].T)
                     # Comes from memory meanwhile: of the tile after the next, and what is seldom needed.
                     following = tile_run_of(i + 2 - first, numbers)
                     limits = cond(is_cut, lambda: limits_gmem[number], lambda: jnp.int32(0))
@@ -256,7 +241,7 @@ def attend_prefill(
 
                 @when(jnp.logical_and(i >= 1, i + 1 < own_count))
                 def _():
-                    plgpu.barrier_arrive(memory.q_free.at[slot_of(i + 1)])
+                    plgpu.barrier_arrive(memory.q_free.at[slot_of(wg, i + 1)])
 
                 logits = cond(is_cut, tiles.masked, lambda logits, _: logits, logits, limits)
                 slope, reference = cond(by_largest, from_largest, from_nothing, logits)
@@ -297,7 +282,7 @@ def attend_prefill(
                 go_on(visit, visits - 1)
                 # Nothing is brought, and nothing stored, where something is still on its way from.
                 plgpu.wait_smem_to_gmem(0)
-                attempts.vote(bounds, attempt, wg, memory.rows(firsts[0]), is_beyond_smem, tried)
+                attempts.vote(bounds, attempt, wg, rows_of(0), is_beyond_smem, tried)
 
             when(wg == 0)(memory.write_ones)
             plgpu.barrier_wait(memory.ones_written)
