@@ -56,15 +56,15 @@ def _prefill_supported(q, k, _v, block_ids, block_table, *_lengths, scale) -> st
     return _why_not(q, k, block_ids, block_table)
 
 
-def attend_decode(q, k, v, blocks, block_table, seq_lens, *, scale, chooser=None, interpret=None):
-    """Attention to block_ids, or to what a chooser makes of scores, and that: as in `mosaic_gpu_decode`."""
+def attend_decode(q, k, v, ids_or_scores, block_table, seq_lens, *, scale, chooser=None, interpret=None):
+    """Attention to block ids, or to what a chooser makes of scores, and that: as in `mosaic_gpu_decode`."""
     from pallas_kernels.sparse_attention import mosaic_gpu_decode as decoding
 
-    units, top_k = q.shape[0] * k.shape[1], blocks.shape[2] if chooser is None else chooser.choice.top_k
+    units, top_k = q.shape[0] * k.shape[1], ids_or_scores.shape[2] if chooser is None else chooser.choice.top_k
     heuristic = decoding.TuningConfig.heuristic(units, top_k, q.shape[1] // k.shape[1])
     config = tuned.config("attend_decode", heuristic, units=units, top_k=top_k)
     return decoding.attend_decode(
-        q, k, v, blocks, block_table, seq_lens, scale=scale, config=config, chooser=chooser, interpret=interpret
+        q, k, v, ids_or_scores, block_table, seq_lens, scale=scale, config=config, chooser=chooser, interpret=interpret
     )
 
 
@@ -116,14 +116,12 @@ def _prefill(
     spare_tiles = groups * kv_heads * neighbours.TILES
     for first in range(0, num_rows, _PLANNED * rows_at_a_time):
         planned = slice(first, min(first + _PLANNED * rows_at_a_time, num_rows))
-        ids, sequence, position = block_ids[planned], rows.sequence[planned], rows.position[planned]
+        ids, of_rows = block_ids[planned], (rows.sequence[planned], rows.position[planned])
         common = None
         if in_common:
-            sizes = {"table_width": block_table.shape[1], "rows_at_a_time": rows_at_a_time}
-            common = neighbours.find(ids, sequence, position, **sizes)
+            common = neighbours.find(ids, *of_rows, table_width=block_table.shape[1], rows_at_a_time=rows_at_a_time)
             ids = neighbours.without(ids, common.bits)
-        of_rows = (ids, sequence, position)
-        plan = planning.plan(*of_rows, block_table, items, window=window, rows_at_a_time=rows_at_a_time)
+        plan = planning.plan(ids, *of_rows, block_table, items, window=window, rows_at_a_time=rows_at_a_time)
         plan = plan._replace(units=tuple(units + first * kv_heads for units in plan.units))
         parts = -(-(planned.stop - first) // rows_at_a_time)
         attend = functools.partial(attending.attend_prefill, parts=parts, pairs=pairs, spare_tiles=spare_tiles)
@@ -137,8 +135,7 @@ def _prefill(
                 first_tile = partials.shape[0] - 1 - spare_tiles
                 bits = common.bits[part * rows_at_a_time : (part + 1) * rows_at_a_time]
                 places = neighbours.places_with(places, bits, first_tile)
-                partials = jax.new_ref(partials)
-                sharing.attend_common(
+                partials = sharing.attend_common(
                     q,
                     k,
                     v,
@@ -156,7 +153,6 @@ def _prefill(
                     ctas=config.ctas,
                     interpret=interpret,
                 )
-                partials = partials[...]
             units = places.size // top_k
             merging.merge_prefill(
                 partials,

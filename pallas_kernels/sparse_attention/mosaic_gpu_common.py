@@ -24,14 +24,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import DIM, GROUP, PAGE_SIZE
-from pallas_kernels.mosaic import compiler_params, cond, full, spread, warp_when, when
+from pallas_kernels.mosaic import cond, full, spread, warp_when, when
 from pallas_kernels.rows import Rows
 from pallas_kernels.sparse_attention import mosaic_gpu_attempts as attempts
 from pallas_kernels.sparse_attention import mosaic_gpu_neighbours as neighbours
 from pallas_kernels.sparse_attention import mosaic_gpu_partials as packing
 from pallas_kernels.sparse_attention import mosaic_gpu_tile as tiles
-from pallas_kernels.sparse_attention.mosaic_gpu_memory import PAGES, TILES, WARPGROUPS, bring, slot_of
-from pallas_kernels.sparse_attention.mosaic_gpu_memory import memory as memory_of
+from pallas_kernels.sparse_attention.mosaic_gpu_memory import PAGES, TILES, WARPGROUPS, Memory, bring, launch, slot_of
 from pallas_kernels.sparse_attention.mosaic_gpu_plan import TILE_PAIRS
 
 # Of the number of a bit, which it has: a single warp's code has no instruction for it.
@@ -75,18 +74,17 @@ def attend_common(
     ctas: int,
     interpret: Any,
 ):
-    """Write the partial results of so many groups into a Ref of tiles, TILES for each unit, from `first_tile` on.
+    """The partial results of a part with those of so many groups among them: a tile for each warpgroup and unit.
 
     A unit is a (group, KV head). q [T, K * G, H]; k, v [P, K, S, H]; tails [B, K, S, H], the last page of each sequence
     without its unused slots; block_table i32[B, M]; seq_lens i32[B]. first_row, first_group: i32[1], of T and of
-    `common`. What belongs to no row is left as it is.
+    `common`. They begin at `first_tile`, where `attend_prefill` left room for them.
     """
     num_rows, kv_heads = q.shape[0], k.shape[1]
     table_width, num_pages, units = block_table.shape[1], k.shape[0], groups * kv_heads
     words = common.of_groups.shape[2]
     factor = scale * math.log2(math.e)
     dtype = q.dtype
-    most_attempts = attempts.most_of(dtype)
     inline = interpret is None
 
     def attend_jointly(
@@ -102,9 +100,7 @@ def attend_common(
         first_row_gmem,
         first_group_gmem,
         out_gmem,
-        memory,
-        is_beyond_smem,
-        tried,
+        memory: Memory,
     ):
         wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
         first_row, first_group = first_row_gmem[0], first_group_gmem[0]
@@ -125,7 +121,7 @@ def attend_common(
             first = ((first_group + group) * kv_heads + head) * words
             return tuple(of_groups_gmem[first + word] for word in range(words))
 
-        try_all = functools.partial(attempts.until_within, count=own_units, is_beyond=is_beyond_smem, tried=tried)
+        try_all = functools.partial(memory.attempts.until_within, count=own_units)
 
         def produce_queries(_, count):
             def bring_unit(i, turn):
@@ -300,7 +296,7 @@ def attend_common(
                 return following, visits, turn + 1, attempts.wider(bounds, total, unit)
 
             def consume(attempt, count):
-                by_largest = attempt == most_attempts - 1
+                by_largest = memory.attempts.is_last(attempt)
 
                 def over_unit(i, carry):
                     def pass_by(start, *state):
@@ -313,23 +309,19 @@ def attend_common(
                 *_, bounds = lax.fori_loop(0, count, over_unit, start)
                 # Nothing is brought, and nothing stored, where something is still on its way from.
                 plgpu.wait_smem_to_gmem(0)
-                attempts.vote(bounds, attempt, wg, rows_of(0), is_beyond_smem, tried)
+                memory.attempts.vote(attempt, wg, bounds, rows_of(0))
 
             when(wg == 0)(memory.write_ones)
             plgpu.barrier_wait(memory.ones_written)
             try_all(consume)
 
-    plgpu.kernel(
+    results = jax.new_ref(partials)
+    launch(
         attend_jointly,
         out_type=[],
-        grid=(ctas,),
-        grid_names=("cta",),
-        num_threads=WARPGROUPS + 1,
-        thread_name="wg",
-        scratch_types=[memory_of(dtype, inline=inline), *attempts.scratch(most_attempts, WARPGROUPS)],
-        # Without a barrier before and behind whatever is written: a warp writes where it alone has read.
-        compiler_params=compiler_params(approx_math=True, reduction_scratch_bytes=0, unsafe_no_auto_barriers=True),
-        **({} if interpret is None else {"interpret": interpret}),
+        dtype=dtype,
+        ctas=ctas,
+        interpret=interpret,
     )(
         q.reshape(-1, GROUP, DIM),
         k,
@@ -341,5 +333,6 @@ def attend_common(
         seq_lens,
         first_row,
         first_group,
-        partials,
+        results,
     )
+    return results[...]

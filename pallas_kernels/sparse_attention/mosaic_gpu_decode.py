@@ -112,7 +112,7 @@ def attend_decode(
     q,
     k,
     v,
-    block_ids,
+    ids_or_scores,
     block_table,
     seq_lens,
     *,
@@ -121,10 +121,10 @@ def attend_decode(
     interpret: Any,
     chooser: Chooser | None = None,
 ):
-    """Attention [T, N, H] of q [T, N, H] to the pages of k and v [P, K, S, H] that block_ids [T, K, C] choose.
+    """Attention [T, N, H] of q [T, N, H] to the pages of k and v [P, K, S, H] that block ids [T, K, C] choose.
 
-    None for block_ids means all blocks up to a row's own. With a chooser they are scores f32[B, W, blocks], from which
-    it chooses C blocks of each row; it returns these as well. Where blocks are chosen, C must be a multiple of
+    None for them means all blocks up to a row's own. With a chooser there are scores f32[B, W, blocks] instead, from
+    which it chooses C blocks of each row; it returns these as well. Where blocks are chosen, C must be a multiple of
     config.shares where it is not less; there are no more shares than a cluster has queries to merge.
     """
     num_rows, num_heads, _ = q.shape
@@ -134,19 +134,19 @@ def attend_decode(
     if chooser is not None:
         num_blocks = chooser.choice.top_k
     else:
-        num_blocks = table_width if block_ids is None else block_ids.shape[2]
+        num_blocks = table_width if ids_or_scores is None else ids_or_scores.shape[2]
     group = num_heads // kv_heads
     height = _height(group)
     shares = min(config.shares, num_blocks)
-    if block_ids is not None:
+    if ids_or_scores is not None:
         shares = min(shares, _most_clustered(group))
     most = -(-num_blocks // shares)
-    if block_ids is not None and num_blocks % shares:
+    if ids_or_scores is not None and num_blocks % shares:
         raise ValueError(f"shares={shares} must divide the {num_blocks} chosen blocks")
     if chooser is not None:
-        blocks = ChosenBlocks(block_ids, chooser, most, num_rows)
+        blocks = ChosenBlocks(ids_or_scores, chooser, most, num_rows)
     else:
-        blocks = AllBlocks(num_blocks, shares) if block_ids is None else GivenBlocks(most, (block_ids,))
+        blocks = AllBlocks(num_blocks, shares) if ids_or_scores is None else GivenBlocks(most, (ids_or_scores,))
     # A row of the table comes while the blocks are chosen, where it can be copied.
     tabled = chooser is not None and table_width % _TABLE_LINE == 0
     stages = min(config.stages, most)
@@ -158,7 +158,7 @@ def attend_decode(
     if height > group:
         queries = jnp.pad(queries, ((0, 0), (0, 0), (0, height - group), (0, 0)))
     # The shares of a row are a cluster, and merge what they have, where there are so few: of all blocks, CTAs are many.
-    clustered = 1 < shares <= (MOST_CLUSTERED if block_ids is None else _LARGEST_CLUSTER) and height % shares == 0
+    clustered = 1 < shares <= (MOST_CLUSTERED if ids_or_scores is None else _LARGEST_CLUSTER) and height % shares == 0
     apart = shares > 1 and not clustered
     # Queries that a CTA merges.
     each = height // shares
@@ -413,7 +413,7 @@ def attend_decode(
         else:  # it knows clusters, but not the shared memory of others
             scratch.append(plgpu.ClusterBarrier(collective_axes=("share",)))
             out += [jax.ShapeDtypeStruct((*partial, *shape), jnp.float32) for shape in sent]
-    if block_ids is None:
+    if ids_or_scores is None:
         attend.__name__ = "attend_all"  # for profiles
     result, *others = plgpu.kernel(
         attend,

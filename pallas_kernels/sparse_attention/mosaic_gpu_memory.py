@@ -16,8 +16,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import DIM, GROUP, PAGE_SIZE
-from pallas_kernels.mosaic import FEW_ROWS, TILING, full, warp_when
+from pallas_kernels.mosaic import FEW_ROWS, TILING, compiler_params, full, warp_when
 from pallas_kernels.sparse_attention import mosaic_gpu_tile as tiles
+from pallas_kernels.sparse_attention.mosaic_gpu_attempts import Attempts, attempts
 from pallas_kernels.sparse_attention.mosaic_gpu_plan import TILE_PAIRS
 
 WARPGROUPS = 3
@@ -40,6 +41,7 @@ class Memory(NamedTuple):
     ones: Any
     ones_written: Any
     weights: Any
+    attempts: Attempts
 
     @property
     def queries(self) -> Any:
@@ -128,7 +130,23 @@ def bring(*tasks: Callable[[], None]) -> None:
             warp_when(warp == number)(task)
 
 
-def memory(dtype: Any, *, inline: bool) -> Memory:
+def launch(body: Callable[..., None], *, out_type: Any, dtype: Any, ctas: int, interpret: Any) -> Callable[..., Any]:
+    """A kernel of so many CTAs, whose body is given Memory behind what it reads and writes."""
+    return plgpu.kernel(
+        body,
+        out_type=out_type,
+        grid=(ctas,),
+        grid_names=("cta",),
+        num_threads=WARPGROUPS + 1,
+        thread_name="wg",
+        scratch_types=[_memory(dtype, inline=interpret is None)],
+        # Without a barrier before and behind whatever is written: a warp writes where it alone has read.
+        compiler_params=compiler_params(approx_math=True, reduction_scratch_bytes=0, unsafe_no_auto_barriers=True),
+        **({} if interpret is None else {"interpret": interpret}),
+    )
+
+
+def _memory(dtype: Any, *, inline: bool) -> Memory:
     """What `plgpu.kernel` is to allocate. inline: not for the interpreter, which needs some things otherwise.
 
     It takes a union as a whole for one or the other, not each slot for itself, and multiplies from shared memory only.
@@ -149,4 +167,5 @@ def memory(dtype: Any, *, inline: bool) -> Memory:
         ones=plgpu.SMEM(tiles.ONES, dtype, transforms=TILING),
         ones_written=plgpu.Barrier(),
         weights=weights,
+        attempts=attempts(dtype, WARPGROUPS),
     )

@@ -29,12 +29,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import DIM, GROUP, NUM_SMS, PAGE_SIZE
-from pallas_kernels.mosaic import compiler_params, cond, when
+from pallas_kernels.mosaic import cond, when
 from pallas_kernels.sparse_attention import mosaic_gpu_attempts as attempts
 from pallas_kernels.sparse_attention import mosaic_gpu_partials as packing
 from pallas_kernels.sparse_attention import mosaic_gpu_tile as tiles
-from pallas_kernels.sparse_attention.mosaic_gpu_memory import PAGES, WARPGROUPS, bring, slot_of
-from pallas_kernels.sparse_attention.mosaic_gpu_memory import memory as memory_of
+from pallas_kernels.sparse_attention.mosaic_gpu_memory import PAGES, WARPGROUPS, Memory, bring, launch, slot_of
 from pallas_kernels.sparse_attention.mosaic_gpu_plan import Plan, most_tiles
 from pallas_kernels.sparse_attention.mosaic_gpu_tile import each
 
@@ -82,7 +81,7 @@ def attend_prefill(
 ):
     """Partial results of one part of a plan, which has so many parts, of so many pairs at most.
 
-    q [T, K, G, H]; k, v [P, K, S, H]; tails [B, K, S, H], the last page of each sequence without its unused slots.
+    q [T, K * G, H]; k, v [P, K, S, H]; tails [B, K, S, H], the last page of each sequence without its unused slots.
     part: i32[1], so that one kernel serves them all.
     Returns i32[tiles, 4 * G, row words] as `mosaic_gpu_partials` says, from the part's first tile on. What belongs to
     no pair holds anything, but for the last tile, which says that there is nothing. Ahead of that one there is room for
@@ -94,7 +93,6 @@ def attend_prefill(
     factor = scale * math.log2(math.e)
     dtype = q.dtype
     row_words = packing.row_words_of(dtype)
-    most_attempts = attempts.most_of(dtype)
     inline = interpret is None
 
     def attend(
@@ -109,9 +107,7 @@ def attend_prefill(
         ends_gmem,
         part_gmem,
         out_gmem,
-        memory,
-        is_beyond_smem,
-        tried,
+        memory: Memory,
     ):
         wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
         part = part_gmem[0] if parts > 1 else jnp.int32(0)  # reads that wait for one another are felt
@@ -124,7 +120,7 @@ def attend_prefill(
 
         def try_all(run):
             count = rounds * config.chunk + jnp.clip(rest - cta * share, 0, share)
-            attempts.until_within(run, count, is_beyond_smem, tried)
+            memory.attempts.until_within(run, count)
 
         def chunks_of(count):
             return lax.div(count + (config.chunk - 1), jnp.int32(config.chunk))
@@ -252,7 +248,7 @@ def attend_prefill(
                     tiles.multiply(weights, memory.v.at[page], memory.ones, where, values, totals)
                     return values[...], totals[...]
 
-                accs = [plgpu.ACC((tiles.ROWS, width), jnp.float32) for width in (DIM, tiles.ONES[0])]
+                accs = [plgpu.ACC(shape, jnp.float32) for shape in (tiles.VALUES, tiles.TOTALS)]
                 values, totals = pl.run_scoped(multiply_v, *accs)
                 total = tiles.any_column(totals, inline)
                 rows = rows_of(i)
@@ -262,7 +258,7 @@ def attend_prefill(
 
             def consume(attempt, count):
                 own_count = lax.div(count - wg + (WARPGROUPS - 1), jnp.int32(WARPGROUPS))
-                of_attempt = functools.partial(step, own_count=own_count, by_largest=attempt == most_attempts - 1)
+                of_attempt = functools.partial(step, own_count=own_count, by_largest=memory.attempts.is_last(attempt))
 
                 def over_chunk(chunk, carry):
                     visits, (first_run, last_run), *state = carry
@@ -282,7 +278,7 @@ def attend_prefill(
                 go_on(visit, visits - 1)
                 # Nothing is brought, and nothing stored, where something is still on its way from.
                 plgpu.wait_smem_to_gmem(0)
-                attempts.vote(bounds, attempt, wg, rows_of(0), is_beyond_smem, tried)
+                memory.attempts.vote(attempt, wg, bounds, rows_of(0))
 
             when(wg == 0)(memory.write_ones)
             plgpu.barrier_wait(memory.ones_written)
@@ -294,17 +290,12 @@ def attend_prefill(
                 tiles.store_nothing(memory.rows(0), out_gmem.at[out_tiles - 1], dtype, inline)
                 plgpu.wait_smem_to_gmem(0)
 
-    return plgpu.kernel(
+    return launch(
         attend,
         out_type=jax.ShapeDtypeStruct((out_tiles, tiles.ROWS, row_words), jnp.int32),
-        grid=(config.ctas,),
-        grid_names=("cta",),
-        num_threads=WARPGROUPS + 1,
-        thread_name="wg",
-        scratch_types=[memory_of(dtype, inline=inline), *attempts.scratch(most_attempts, WARPGROUPS)],
-        # Without a barrier before and behind whatever is written: a warp writes where it alone has read.
-        compiler_params=compiler_params(approx_math=True, reduction_scratch_bytes=0, unsafe_no_auto_barriers=True),
-        **({} if interpret is None else {"interpret": interpret}),
+        dtype=dtype,
+        ctas=config.ctas,
+        interpret=interpret,
     )(
         q.reshape(-1, GROUP, DIM),
         k,

@@ -71,24 +71,23 @@ def along(rows: Any) -> Any:
 
 def masked(logits: Any, limits: Any) -> Any:
     """Without the keys behind the last one that each pair sees. limits: of the plan, LIMIT_BITS for each pair."""
-    return _up_to(logits, _field_of(logits, limits, LIMIT_BITS))
+    return _up_to(logits, _of_pairs(limits, LIMIT_BITS, logits.shape, _WGMMA))
 
 
 def masked_from(logits: Any, seen: Any) -> Any:
     """Without the keys that each pair does not see. seen: how many it sees from the first one on, SEEN_BITS each."""
-    return _up_to(logits, _field_of(logits, seen, SEEN_BITS) - 1)
+    return _up_to(logits, _of_pairs(seen, SEEN_BITS, logits.shape, _WGMMA) - 1)
 
 
 def sees(seen: Any) -> Any:
     """For each row whether its pair sees anything, of a word as `masked_from` takes."""
-    row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=_WGMMA.reduce(1))
-    return (lax.shift_right_logical(seen, lax.div(row, jnp.int32(GROUP)) * SEEN_BITS) & jnp.int32(2**SEEN_BITS - 1)) > 0
+    return _of_pairs(seen, SEEN_BITS, (ROWS,), _WGMMA.reduce(1)) > 0
 
 
-def _field_of(logits: Any, fields: Any, bits: int) -> Any:
-    """Of each row's pair its part of a word."""
-    row = plgpu.broadcasted_iota(jnp.int32, logits.shape, 0, layout=_WGMMA)
-    return lax.shift_right_logical(fields, lax.div(row, jnp.int32(GROUP)) * bits) & jnp.int32(2**bits - 1)
+def _of_pairs(word: Any, bits: int, shape: tuple[int, ...], layout: Any) -> Any:
+    """Of each row's pair its bits of a word."""
+    row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout)
+    return lax.shift_right_logical(word, lax.div(row, jnp.int32(GROUP)) * bits) & jnp.int32(2**bits - 1)
 
 
 def _up_to(logits: Any, limit: Any) -> Any:
