@@ -29,17 +29,19 @@ class Plan(NamedTuple):
 
     units: TILE_PAIRS times i32[tiles], the token * K + head of a pair of each tile. limits: i32[tiles], the last key of
     its block that each pair sees, LIMIT_BITS each, the first pair's lowest. tile_run: i32[tiles], a tile's run << 1 |
-    whether any of its pairs does not see all of its block. A tile that is not full has its first pair once more. runs:
-    i32[runs, 3], head, page, and the sequence that ends within the page, or -1. Tiles and runs behind the last may be
-    anything. ends: i32[parts * keys], how many tiles there are up to each key; the last one of a part's is where the
-    tiles of the part end. places: i32[T * K * C], tile * TILE_PAIRS + number in it of each pair, -1 of one that takes
-    no part.
+    whether any of its pairs does not see all of its block. A tile that is not full has its first pair once more. head,
+    page, tail: i32[tiles], of a tile's run, the last one the sequence that ends within the page, or -1. Tiles behind
+    the last may be anything. ends: i32[parts * keys], how many tiles there are up to each key; the last one of a part's
+    is where the tiles of the part end. places: i32[T * K * C], tile * TILE_PAIRS + number in it of each pair, -1 of one
+    that takes no part.
     """
 
     units: tuple[Int32[Array, " tiles"], ...]
     limits: Int32[Array, " tiles"]
     tile_run: Int32[Array, " tiles"]
-    runs: Int32[Array, "runs 3"]
+    head: Int32[Array, " tiles"]
+    page: Int32[Array, " tiles"]
+    tail: Int32[Array, " tiles"]
     ends: Int32[Array, " parts*keys"]
     places: Int32[Array, " pairs"]
 
@@ -72,18 +74,21 @@ def items_of(
     last = jnp.clip(divided(seq_lens - 1, PAGE_SIZE), 0, table_width - 1)
     sequence = jnp.arange(num_sequences, dtype=jnp.int32)
     if by_block:
-        page, fill, last_item = table.reshape(-1), fill.reshape(-1), sequence * table_width + last
+        is_last = jnp.arange(table_width, dtype=jnp.int32) == last[:, None]
+        last_page, last_fill = at(table, sequence, last), at(fill, sequence, last)
+        page = table.reshape(-1)
+        tail = jnp.where(is_last & (last_fill < PAGE_SIZE)[:, None], sequence[:, None], -1).reshape(-1)
     else:
         # A page may be one sequence's last and another's full one.
         page = jnp.arange(num_pages, dtype=jnp.int32)
         fill = jnp.zeros((num_pages,), jnp.int32).at[jnp.where(fill > 0, table, num_pages)].max(fill, mode="drop")
-        last_item = at(table, sequence, last)
-    last_fill = at(fill, last_item)
-    tail = jnp.full(page.shape, -1, jnp.int32)
-    tail = tail.at[jnp.where(last_fill < PAGE_SIZE, last_item, page.shape[0])].max(sequence, mode="drop")
+        last_page = at(table, sequence, last)
+        last_fill = at(fill, last_page)
+        tail = jnp.full((num_pages,), -1, jnp.int32)
+        tail = tail.at[jnp.where(last_fill < PAGE_SIZE, last_page, num_pages)].max(sequence, mode="drop")
     slot = jnp.arange(PAGE_SIZE, dtype=jnp.int32)
     seen = (slot < last_fill[:, None])[:, None, :, None]
-    return Items(by_block, page, tail), jnp.where(seen, at(v, at(page, last_item)), 0)
+    return Items(by_block, page, tail), jnp.where(seen, at(v, last_page), 0)
 
 
 def most_tiles(num_pairs: int, num_keys: int) -> int:
@@ -110,7 +115,6 @@ def plan(
     parts = -(-num_rows // rows_at_a_time)
     num_items, num_windows = items.page.shape[0], -(-rows_at_a_time // window)
     num_pairs, num_keys = block_ids.size, parts * kv_heads * num_windows * num_items
-    num_runs = min(num_pairs, num_keys)
     max_tiles = most_tiles(num_pairs, num_keys)
 
     own = divided(position, PAGE_SIZE)[:, None, None]  # negative where the position is
@@ -154,17 +158,14 @@ def plan(
     limits = [word & (PAGE_SIZE - 1) for word in of_pairs]
     is_cut = functools.reduce(jnp.minimum, limits) < PAGE_SIZE - 1
 
-    keys = jnp.arange(num_keys, dtype=jnp.int32)
-    item = lax.rem(keys, jnp.int32(num_items))
-    head = lax.rem(lax.div(keys, jnp.int32(num_windows * num_items)), jnp.int32(kv_heads))
-    of_keys = jnp.stack([head, at(items.page, item), at(items.tail, item)], axis=1)
-    run_of_key = runs_up_to - 1
-    run = jnp.where(counts > 0, run_of_key, num_runs)
+    item = lax.rem(key_of_tile, jnp.int32(num_items))
     return Plan(
         units=tuple(lax.div(word >> LIMIT_BITS, jnp.int32(top_k)) for word in of_pairs),
         limits=functools.reduce(jnp.bitwise_or, [limit << (i * LIMIT_BITS) for i, limit in enumerate(limits)]),
-        tile_run=(at(run_of_key, key_of_tile) << 1) | is_cut,
-        runs=lax.empty((num_runs, 3), jnp.int32).at[run].set(of_keys, mode="drop"),
+        tile_run=(at(runs_up_to - 1, key_of_tile) << 1) | is_cut,
+        head=lax.rem(lax.div(key_of_tile, jnp.int32(num_windows * num_items)), jnp.int32(kv_heads)),
+        page=at(items.page, item),
+        tail=at(items.tail, item),
         ends=ends,
         places=places,
     )

@@ -29,7 +29,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import DIM, GROUP, NUM_SMS, PAGE_SIZE
-from pallas_kernels.mosaic import cond, when
+from pallas_kernels.mosaic import cond, warp_when, when
 from pallas_kernels.sparse_attention import mosaic_gpu_attempts as attempts
 from pallas_kernels.sparse_attention import mosaic_gpu_partials as packing
 from pallas_kernels.sparse_attention import mosaic_gpu_tile as tiles
@@ -42,7 +42,7 @@ from pallas_kernels.sparse_attention.mosaic_gpu_tile import each
 class TuningConfig:
     """window: of the plan. chunk: tiles that a CTA takes at a time. ctas: one for each SM."""
 
-    CANDIDATES: ClassVar = {"window": (2048, 4096, 8192), "chunk": (24, 48, 96)}
+    CANDIDATES: ClassVar = {"window": (2048, 4096, 8192), "chunk": (48, 96, 192)}
 
     window: int = 2048
     chunk: int = 48
@@ -60,7 +60,7 @@ class TuningConfig:
     @classmethod
     def heuristic(cls, top_k: int, num_items: int) -> "TuningConfig":
         """For so many items that pairs may meet at: where they are many, a window leaves each but few tiles."""
-        return cls() if 128 * num_items <= 2048 * top_k else cls(window=8192, chunk=96)
+        return cls() if 128 * num_items <= 2048 * top_k else cls(window=8192, chunk=192)
 
 
 @functools.partial(jax.jit, static_argnames=("parts", "pairs", "spare_tiles", "scale", "config", "interpret"))
@@ -103,7 +103,9 @@ def attend_prefill(
         units_gmem,
         limits_gmem,
         tile_run_gmem,
-        runs_gmem,
+        head_gmem,
+        page_gmem,
+        tail_gmem,
         ends_gmem,
         part_gmem,
         out_gmem,
@@ -159,18 +161,24 @@ def attend_prefill(
             lax.fori_loop(0, count, step, units_of(jnp.int32(0)))
 
         def produce_pages(_, count):
-            def visit(number, run):
-                head, page, tail = (runs_gmem[run, i] for i in range(3))
-                memory.bring_page(number, k_gmem, v_gmem, tails_gmem, page, head, tail)
+            def run_at(i):
+                return run_of(tile_run_gmem[tile_of(i)])
 
-            def step(chunk, carry):
-                visits, (first_run, last_run) = carry
-                following = runs_of(chunk + 1, count)
-                num_runs = last_run - first_run + 1
-                lax.fori_loop(0, num_runs, lambda i, _: visit(visits + i, first_run + i), None)
-                return visits + num_runs, following
+            def step(i, carry):
+                visits, last_run, run = carry
+                # It comes from memory.
+                following = run_at(i + 1)
+                is_visit = jnp.logical_or(run != last_run, lax.rem(i, jnp.int32(config.chunk)) == 0)
 
-            visits, _ = lax.fori_loop(0, chunks_of(count), step, (jnp.int32(0), runs_of(jnp.int32(0), count)))
+                @warp_when(is_visit)
+                def _():
+                    head, page, tail = (of_tile[tile_of(i)] for of_tile in (head_gmem, page_gmem, tail_gmem))
+                    memory.bring_page(visits, k_gmem, v_gmem, tails_gmem, page, head, tail)
+
+                return visits + jnp.where(is_visit, jnp.int32(1), 0), run, following
+
+            first = (jnp.int32(0), jnp.int32(-1), run_at(jnp.int32(0)))
+            visits, *_ = lax.fori_loop(0, count, step, first)
 
             # The last page is never given back.
             memory.await_free_pages(jnp.maximum(visits - PAGES, 0), visits - 1)
@@ -304,7 +312,9 @@ def attend_prefill(
         plan.units,
         plan.limits,
         plan.tile_run,
-        plan.runs,
+        plan.head,
+        plan.page,
+        plan.tail,
         plan.ends,
         part,
     )

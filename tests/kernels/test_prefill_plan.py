@@ -53,7 +53,7 @@ def test_plan(
     limits, tile_run, places = (np.asarray(x) for x in (found.limits, found.tile_run, found.places))
     units = np.stack(found.units, axis=1).reshape(-1)
     num_tiles = found.ends[-1]
-    runs = np.asarray(found.runs)
+    pages_of_tiles = np.stack([found.head, found.page, found.tail], axis=1)
     met, members, parts_of_tiles = [], [], []
     for pair, place in enumerate(places):
         row, head, slot = np.unravel_index(pair, block_ids.shape)
@@ -69,7 +69,7 @@ def test_plan(
         run, is_cut = divmod(tile_run[tile], 2)
         assert is_cut or limit == PAGE - 1
         item = sequence[row] * width + block if by_block else table[sequence[row], block]
-        assert list(runs[run]) == [head, pages[item], tail[item]]
+        assert list(pages_of_tiles[tile]) == [head, pages[item], tail[item]]
         part, row = divmod(row, rows_at_a_time)
         met.append((run, (part, head, row // window, item)))
         parts_of_tiles.append((part, tile))
