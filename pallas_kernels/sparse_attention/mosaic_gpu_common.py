@@ -82,7 +82,7 @@ def attend_common(
     """
     num_rows, kv_heads = q.shape[0], k.shape[1]
     table_width, num_pages, units = block_table.shape[1], k.shape[0], groups * kv_heads
-    words = common.of_groups.shape[2]
+    words = common.of_groups.shape[3]
     factor = scale * math.log2(math.e)
     dtype = q.dtype
     inline = interpret is None
@@ -92,7 +92,6 @@ def attend_common(
         k_gmem,
         v_gmem,
         tails_gmem,
-        of_rows_gmem,
         of_groups_gmem,
         all_rows_gmem,
         table_gmem,
@@ -115,11 +114,15 @@ def attend_common(
             """The number of a group's row; of one behind the last, too, there is one."""
             return jnp.minimum(first_row + group * neighbours.ROWS + i, num_rows - 1)
 
+        def words_of(group, row, head):
+            """The words of a group's row; behind the last row those of all of the group's common blocks."""
+            first = (((first_group + group) * (neighbours.ROWS + 1) + row) * kv_heads + head) * words
+            return tuple(of_groups_gmem[first + word] for word in range(words))
+
         def blocks_of(i):
             """The words of the common blocks of the CTA's unit i."""
             group, head = group_and_head(i)
-            first = ((first_group + group) * kv_heads + head) * words
-            return tuple(of_groups_gmem[first + word] for word in range(words))
+            return words_of(group, neighbours.ROWS, head)
 
         try_all = functools.partial(memory.attempts.until_within, count=own_units)
 
@@ -197,8 +200,7 @@ def attend_common(
                 """Of the CTA's unit i its common blocks, those of each of the warpgroup's rows, and their positions."""
                 group, head = group_and_head(i)
                 rows = [wg * TILE_PAIRS + i for i in range(TILE_PAIRS)]
-                firsts = [(((first_group + group) * neighbours.ROWS + row) * kv_heads + head) * words for row in rows]
-                of_rows = [tuple(of_rows_gmem[first + word] for word in range(words)) for first in firsts]
+                of_rows = [words_of(group, row, head) for row in rows]
                 return blocks_of(i), of_rows, [all_rows_gmem.position[row_of(group, row)] for row in rows]
 
             def seen_in(block, of_rows, positions):
@@ -327,7 +329,7 @@ def attend_common(
         k,
         v,
         tails,
-        *(lax.bitcast_convert_type(bits, jnp.int32).reshape(-1) for bits in (common.of_rows, common.of_groups)),
+        lax.bitcast_convert_type(common.of_groups, jnp.int32).reshape(-1),
         rows,
         block_table.reshape(-1),
         seq_lens,

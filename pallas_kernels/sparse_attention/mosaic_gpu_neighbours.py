@@ -28,13 +28,12 @@ BITS = 32
 class Common(NamedTuple):
     """Common blocks.
 
-    bits: u32[T, K, words], those that each row chose. of_rows: the same in groups, of one part after those of another.
-    of_groups: all of a group's.
+    bits: u32[T, K, words], those that each row chose. of_groups: the same in groups, of one part after those of
+    another, and behind a group's rows all of its common blocks.
     """
 
     bits: UInt32[Array, "T K words"]
-    of_rows: UInt32[Array, "groups rows K words"]
-    of_groups: UInt32[Array, "groups K words"]
+    of_groups: UInt32[Array, "groups rows+1 K words"]
 
 
 def groups_of(rows: int) -> int:
@@ -68,8 +67,10 @@ def find(
         carry = bits[:, i]
         for j, digit in enumerate(digits):
             digits[j], carry = digit ^ carry, digit & carry
+    # A row more, of all blocks.
+    bits = jnp.pad(bits, ((0, 0), (0, 1), (0, 0), (0, 0)), constant_values=~jnp.uint32(0))
     bits = lax.optimization_barrier(bits & digits[-1][:, None])
-    return Common(_out_of_groups(bits, rows_at_a_time)[: block_ids.shape[0]], bits, digits[-1])
+    return Common(_out_of_groups(bits[:, :ROWS], rows_at_a_time)[: block_ids.shape[0]], bits)
 
 
 def without(block_ids: Int32[Array, "T K C"], bits: UInt32[Array, "T K words"]) -> Int32[Array, "T K C"]:

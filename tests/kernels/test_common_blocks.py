@@ -74,14 +74,14 @@ def test_common_blocks(rows: int, heads: int, top_k: int, sequences: int, width:
     common = neighbours.find(*batch, table_width=width, rows_at_a_time=rows_at_a_time)
 
     parts, groups = -(-rows // rows_at_a_time), neighbours.groups_of(rows_at_a_time)
-    assert common.of_groups.shape[:2] == (parts * groups, heads)
-    bits, in_groups, of_all = (np.asarray(words) for words in common)
+    bits, in_groups = (np.asarray(words) for words in common)
+    assert in_groups.shape[:3] == (parts * groups, neighbours.ROWS + 1, heads)
     for row, head in np.ndindex(rows, heads):
         part, within = divmod(row, rows_at_a_time)
         group, place = divmod(within, neighbours.ROWS)
         assert blocks_in(bits[row, head]) == of_rows[row, head]
         assert blocks_in(in_groups[part * groups + group, place, head]) == of_rows[row, head]
-        assert blocks_in(of_all[part * groups + group, head]) == of_groups[part * groups + group, head]
+        assert blocks_in(in_groups[part * groups + group, -1, head]) == of_groups[part * groups + group, head]
     others = np.where([[np.isin(ids[r, h], list(of_rows[r, h])) for h in range(heads)] for r in range(rows)], -1, ids)
     np.testing.assert_array_equal(neighbours.without(batch[0], common.bits), others)
 
