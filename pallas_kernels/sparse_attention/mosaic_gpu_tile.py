@@ -48,7 +48,9 @@ def first_row(slot: Any, dtype: Any) -> Any:
     """
     row = 4 * packing.row_words_of(dtype)
     rows = 128 // math.gcd(128, row)
-    return (slot * (ROWS * DIM * 2) + (rows * row - 1)) // (rows * row) * rows
+    last = slot * (ROWS * DIM * 2) + (rows * row - 1)
+    # Rounded down, a kernel's quotient converts booleans to numbers, which takes long to lower: see `mosaic.cond`.
+    return (last // (rows * row) if isinstance(last, int) else lax.div(last, jnp.int32(rows * row))) * rows
 
 
 def queries_and_results(slots: int, dtype: Any) -> tuple[Any, Any]:
