@@ -126,18 +126,20 @@ class Chooser:
         if self.choice.init_blocks:
             return jnp.int32(0)
         if self.choice.local_blocks:
-            own = jnp.minimum(own, self.choice.shares.table_width - 1)
-            return jnp.maximum(own - (self.choice.local_blocks - 1), 0)
+            return jnp.maximum(self._within(own) - (self.choice.local_blocks - 1), 0)
         return None
 
-    def choose(self, scores_gmem: Any, slab: Any, column: Any, slab_position: Any, scratch: Sequence[Any]) -> Any:
-        """The chosen blocks i32[top_k] of a column, best first and -1 where there is none."""
-        own = _own_block(column, slab_position, self.choice)
-        blocks = self.config.blocks
-        _, rank = _best(
-            scores_gmem.at[slab, column, 0], own, 0, blocks, 0, scratch, choice=self.choice, config=self.config
-        )
+    def choose(self, scores_gmem: Any, slab: Any, column: Any, own: Any, scratch: Sequence[Any]) -> Any:
+        """The chosen blocks i32[top_k] of a column, best first and -1 where there is none.
+
+        own: the row's own block, negative in a dead row.
+        """
+        scores, blocks = scores_gmem.at[slab, column, 0], self.config.blocks
+        _, rank = _best(scores, self._within(own), 0, blocks, 0, scratch, choice=self.choice, config=self.config)
         return self.choice.block_of(rank, blocks, 0)
+
+    def _within(self, own: Any) -> Any:
+        return jnp.minimum(own, self.choice.shares.table_width - 1)
 
 
 def choose(scores, positions, share, *, choice: Choice, config: TuningConfig, interpret: Any):

@@ -214,10 +214,9 @@ def attend_decode(
         sequence, query = (f(row, jnp.int32(num_queries)) for f in (lax.div, lax.rem))
         if line_smem is not None:
             plgpu.copy_gmem_to_smem(table_gmem.at[sequence], *line_smem)
-        length = lens_gmem[sequence]
-        position = length - num_queries + query
+        position = lens_gmem[sequence] - num_queries + query
         own = jnp.where(position >= 0, lax.div(position, jnp.int32(PAGE_SIZE)), -1)
-        place = Place(row, head, part, sequence, length, query, own)
+        place = Place(row, head, part, sequence, query, own)
 
         def page_of(block, line):
             # What a masked block's entry holds is no address.

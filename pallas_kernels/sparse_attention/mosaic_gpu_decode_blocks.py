@@ -21,15 +21,14 @@ from pallas_kernels.mosaic import when
 
 
 class Place(NamedTuple):
-    """Of a CTA: row, KV head and share; the row's sequence, the length of that, the row's number among its queries, and
-    its own block, -1 of a dead row.
+    """Of a CTA: row, KV head and share; the row's sequence, its number among the sequence's queries, and its own block,
+    -1 of a dead row.
     """
 
     row: Any
     head: Any
     share: Any
     sequence: Any
-    length: Any
     query: Any
     own: Any
 
@@ -105,7 +104,7 @@ class ChosenBlocks:
     def walk(self, place: Place, scores_gmem: Any, out_gmem: Any, chosen_smem: Any, *scratch: Any) -> Walk:
         """What a CTA has of them, once it has chosen."""
         column = place.query * self.chooser.choice.num_heads + place.head
-        chosen = self.chooser.choose(scores_gmem, place.sequence, column, place.length, scratch)
+        chosen = self.chooser.choose(scores_gmem, place.sequence, column, place.own, scratch)
         chosen_smem[...] = chosen
         plgpu.commit_smem()
 
