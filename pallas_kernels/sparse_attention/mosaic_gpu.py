@@ -5,8 +5,6 @@ blocks that neighbouring rows have in common, over which these walk together; an
 rows of the call at a time.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -124,10 +122,20 @@ def _prefill(
         plan = planning.plan(ids, *of_rows, block_table, items, window=window, rows_at_a_time=rows_at_a_time)
         plan = plan._replace(units=tuple(units + first * kv_heads for units in plan.units))
         parts = -(-(planned.stop - first) // rows_at_a_time)
-        attend = functools.partial(attending.attend_prefill, parts=parts, pairs=pairs, spare_tiles=spare_tiles)
         for part in range(parts):
-            partials = attend(
-                q, k, v, tails, plan, jnp.asarray([part], jnp.int32), scale=scale, config=config, interpret=interpret
+            partials = attending.attend_prefill(
+                q,
+                k,
+                v,
+                tails,
+                plan,
+                jnp.asarray([part], jnp.int32),
+                parts=parts,
+                pairs=pairs,
+                spare_tiles=spare_tiles,
+                scale=scale,
+                config=config,
+                interpret=interpret,
             )
             places = planning.places_of(plan, part, parts=parts, pairs=pairs)
             first_row = first + part * rows_at_a_time
@@ -140,7 +148,7 @@ def _prefill(
                     k,
                     v,
                     tails,
-                    common,
+                    common.of_groups,
                     rows,
                     block_table,
                     seq_lens,

@@ -30,7 +30,7 @@ from pallas_kernels.sparse_attention import mosaic_gpu_attempts as attempts
 from pallas_kernels.sparse_attention import mosaic_gpu_neighbours as neighbours
 from pallas_kernels.sparse_attention import mosaic_gpu_partials as packing
 from pallas_kernels.sparse_attention import mosaic_gpu_tile as tiles
-from pallas_kernels.sparse_attention.mosaic_gpu_memory import PAGES, TILES, WARPGROUPS, Memory, bring, launch, slot_of
+from pallas_kernels.sparse_attention.mosaic_gpu_memory import PAGES, TILES, WARPGROUPS, Memory, assign, launch, slot_of
 from pallas_kernels.sparse_attention.mosaic_gpu_plan import TILE_PAIRS
 
 # Of the number of a bit, which it has: a single warp's code has no instruction for it.
@@ -60,7 +60,7 @@ def attend_common(
     k,
     v,
     tails,
-    common: neighbours.Common,
+    of_groups,
     rows: Rows,
     block_table,
     seq_lens,
@@ -77,12 +77,12 @@ def attend_common(
     """The partial results of a part with those of so many groups among them: a tile for each warpgroup and unit.
 
     A unit is a (group, KV head). q [T, K * G, H]; k, v [P, K, S, H]; tails [B, K, S, H], the last page of each sequence
-    without its unused slots; block_table i32[B, M]; seq_lens i32[B]. first_row, first_group: i32[1], of T and of
-    `common`. They begin at `first_tile`, where `attend_prefill` left room for them.
+    without its unused slots; of_groups: of `neighbours.Common`; block_table i32[B, M]; seq_lens i32[B]. first_row,
+    first_group: i32[1], of T and of groups. Results begin at `first_tile`, where `attend_prefill` left room for them.
     """
     num_rows, kv_heads = q.shape[0], k.shape[1]
     table_width, num_pages, units = block_table.shape[1], k.shape[0], groups * kv_heads
-    words = common.of_groups.shape[3]
+    words = of_groups.shape[3]
     factor = scale * math.log2(math.e)
     dtype = q.dtype
     inline = interpret is None
@@ -186,13 +186,7 @@ def attend_common(
 
             memory.await_free_pages(jnp.maximum(visits - PAGES, 0), visits)
 
-        @when(wg == WARPGROUPS)
-        def _produce():
-            bring(functools.partial(try_all, produce_pages), functools.partial(try_all, produce_queries))
-
-        @when(wg < WARPGROUPS)
-        def _consume():
-            plgpu.set_max_registers(160, action="increase")
+        def multiply_all():
 
             rows_of = memory.rows_by_turn(wg)
 
@@ -313,9 +307,10 @@ def attend_common(
                 plgpu.wait_smem_to_gmem(0)
                 memory.attempts.vote(attempt, wg, bounds, rows_of(0))
 
-            when(wg == 0)(memory.write_ones)
-            plgpu.barrier_wait(memory.ones_written)
+            memory.write_ones(wg)
             try_all(consume)
+
+        assign(wg, [functools.partial(try_all, task) for task in (produce_pages, produce_queries)], multiply_all)
 
     results = jax.new_ref(partials)
     launch(
@@ -329,7 +324,7 @@ def attend_common(
         k,
         v,
         tails,
-        lax.bitcast_convert_type(common.of_groups, jnp.int32).reshape(-1),
+        lax.bitcast_convert_type(of_groups, jnp.int32).reshape(-1),
         rows,
         block_table.reshape(-1),
         seq_lens,

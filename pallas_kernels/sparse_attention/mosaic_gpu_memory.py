@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import DIM, GROUP, PAGE_SIZE
-from pallas_kernels.mosaic import FEW_ROWS, TILING, compiler_params, full, warp_when
+from pallas_kernels.mosaic import FEW_ROWS, TILING, compiler_params, full, warp_when, when
 from pallas_kernels.sparse_attention import mosaic_gpu_tile as tiles
 from pallas_kernels.sparse_attention.mosaic_gpu_attempts import Attempts, attempts
 from pallas_kernels.sparse_attention.mosaic_gpu_plan import TILE_PAIRS
@@ -63,11 +63,16 @@ class Memory(NamedTuple):
 
         return rows_of
 
-    def write_ones(self) -> None:
-        """For one warpgroup to do, and for all to wait for."""
-        self.ones[...] = full(tiles.ONES, 1, self.ones.dtype, FEW_ROWS)
-        plgpu.commit_smem()
-        plgpu.barrier_arrive(self.ones_written)
+    def write_ones(self, warpgroup: Any) -> None:
+        """One warpgroup does, and all that multiply wait for it."""
+
+        @when(warpgroup == 0)
+        def _():
+            self.ones[...] = full(tiles.ONES, 1, self.ones.dtype, FEW_ROWS)
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(self.ones_written)
+
+        plgpu.barrier_wait(self.ones_written)
 
     def bring_queries(self, warpgroup: Any, turn: Any, queries: Any, units: Sequence[Any]) -> None:
         """Begin to bring the queries [G, H] of a tile's units, a warpgroup's tile of that turn, once there is room."""
@@ -119,15 +124,23 @@ def slot_of(warpgroup: Any, turn: Any) -> Any:
     return warpgroup * TILES + lax.rem(turn, jnp.int32(TILES))
 
 
-def bring(*tasks: Callable[[], None]) -> None:
-    """What the warpgroup does that brings: each task by a warp of its own."""
-    plgpu.set_max_registers(32, action="decrease")
+def assign(warpgroup: Any, bring: Sequence[Callable[[], None]], multiply: Callable[[], None]) -> None:
+    """What each warpgroup does: the last one brings, each task by a warp of its own, and leaves registers to others."""
 
-    @pl.core_map(plgpu.WarpMesh(axis_name="warp"))
+    @when(warpgroup == WARPGROUPS)
     def _():
-        warp = lax.axis_index("warp")
-        for number, task in enumerate(tasks):
-            warp_when(warp == number)(task)
+        plgpu.set_max_registers(32, action="decrease")
+
+        @pl.core_map(plgpu.WarpMesh(axis_name="warp"))
+        def _():
+            warp = lax.axis_index("warp")
+            for number, task in enumerate(bring):
+                warp_when(warp == number)(task)
+
+    @when(warpgroup < WARPGROUPS)
+    def _():
+        plgpu.set_max_registers(160, action="increase")
+        multiply()
 
 
 def launch(body: Callable[..., None], *, out_type: Any, dtype: Any, ctas: int, interpret: Any) -> Callable[..., Any]:

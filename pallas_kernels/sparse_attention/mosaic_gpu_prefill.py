@@ -33,7 +33,7 @@ from pallas_kernels.mosaic import cond, warp_when, when
 from pallas_kernels.sparse_attention import mosaic_gpu_attempts as attempts
 from pallas_kernels.sparse_attention import mosaic_gpu_partials as packing
 from pallas_kernels.sparse_attention import mosaic_gpu_tile as tiles
-from pallas_kernels.sparse_attention.mosaic_gpu_memory import PAGES, WARPGROUPS, Memory, bring, launch, slot_of
+from pallas_kernels.sparse_attention.mosaic_gpu_memory import PAGES, WARPGROUPS, Memory, assign, launch, slot_of
 from pallas_kernels.sparse_attention.mosaic_gpu_plan import Plan, most_tiles
 from pallas_kernels.sparse_attention.mosaic_gpu_tile import each
 
@@ -183,13 +183,7 @@ def attend_prefill(
             # The last page is never given back.
             memory.await_free_pages(jnp.maximum(visits - PAGES, 0), visits - 1)
 
-        @when(wg == WARPGROUPS)
-        def _produce():
-            bring(functools.partial(try_all, produce_pages), functools.partial(try_all, produce_queries))
-
-        @when(wg < WARPGROUPS)
-        def _consume():
-            plgpu.set_max_registers(160, action="increase")
+        def multiply_all():
             per_chunk = config.chunk // WARPGROUPS
 
             def numbers_of(chunk):
@@ -288,8 +282,7 @@ def attend_prefill(
                 plgpu.wait_smem_to_gmem(0)
                 memory.attempts.vote(attempt, wg, bounds, rows_of(0))
 
-            when(wg == 0)(memory.write_ones)
-            plgpu.barrier_wait(memory.ones_written)
+            memory.write_ones(wg)
             try_all(consume)
 
             # The last one has the fewest tiles.
@@ -297,6 +290,8 @@ def attend_prefill(
             def _():
                 tiles.store_nothing(memory.rows(0), out_gmem.at[out_tiles - 1], dtype, inline)
                 plgpu.wait_smem_to_gmem(0)
+
+        assign(wg, [functools.partial(try_all, task) for task in (produce_pages, produce_queries)], multiply_all)
 
     return launch(
         attend,
